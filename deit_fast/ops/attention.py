@@ -1,0 +1,48 @@
+"""Multi-head self-attention on the packed output of the QKV projection.
+
+q, k and v are read where the projection wrote them, (B, N, 3, H, D) as timm lays them out, and the output is written where
+the next projection reads it: no permute, no copy. For the sequences of small ViTs (66 or 198 tokens) all of K and V of a head
+fits on chip, so nothing of size N x N is ever written.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from deit_fast import reference
+from deit_fast.backend import Op
+
+from .checks import autocast_dtype, cast, check, check_activation, check_dropout, without_autocast
+
+OP = Op("attention")
+
+
+def attention(qkv: Tensor, num_heads: int, scale: float | None = None, dropout_p: float = 0.0, seed: Tensor | None = None,
+              *, backend: str | None = None) -> Tensor:
+    """softmax(Q K^T scale) V per head: packed (B, N, 3C) -> (B, N, C), in the dtype of qkv (autocast's where it is on).
+
+    Args:
+        qkv: (B, N, 3C), each row laid out (3, H, D): q, k, v, then heads, then D = C / H channels.
+        num_heads: H.
+        scale: factor on the logits; None: D ** -0.5.
+        dropout_p: probability of dropping a softmax weight, in [0, 1).
+        seed: () int64 on the device: Philox mask at site 0, equal in every backend; None: PyTorch's own dropout.
+        backend: who computes it; None: see `deit_fast.use_backend`.
+
+    Raises ValueError or TypeError for shapes, dtypes or devices that do not fit, BackendError for a backend that cannot
+    serve the call. Vaswani et al. 2017, section 3.2.
+    """
+    _check(qkv, num_heads, dropout_p, seed)
+    (qkv,) = cast(autocast_dtype(qkv), qkv)
+    call = (qkv, num_heads, scale, dropout_p, seed)
+    with without_autocast(qkv):
+        OP.select(backend, *call)
+        return reference.attention(*call)
+
+
+def _check(qkv: Tensor, num_heads: int, dropout_p: float, seed: Tensor | None) -> None:
+    check_activation(OP.name, "qkv", qkv)
+    check(num_heads >= 1, OP.name, f"num_heads must be at least 1, got {num_heads}")
+    check(qkv.dim() == 3 and qkv.shape[1] > 0 and qkv.shape[2] > 0 and qkv.shape[2] % (3 * num_heads) == 0, OP.name,
+          f"qkv must have shape (B, N, 3*C) with C divisible by num_heads={num_heads}, got {tuple(qkv.shape)}")
+    check_dropout(OP.name, dropout_p, seed, qkv)

@@ -10,11 +10,16 @@ from __future__ import annotations
 from torch import Tensor
 
 from deit_fast import reference
-from deit_fast.backend import Op
 
 from .checks import autocast_dtype, cast, check, check_activation, check_dropout, without_autocast
+from .registration import NativeOp
 
-OP = Op("attention")
+NATIVE = NativeOp(
+    "attention", backends=(),
+    args="Tensor qkv, int num_heads, float? scale, float dropout_p, Tensor? seed",
+    grads=("qkv",),
+    out=lambda qkv, *_: qkv.new_empty((*qkv.shape[:-1], qkv.shape[-1] // 3)))
+OP = NATIVE.op
 
 
 def attention(qkv: Tensor, num_heads: int, scale: float | None = None, dropout_p: float = 0.0, seed: Tensor | None = None,
@@ -36,8 +41,8 @@ def attention(qkv: Tensor, num_heads: int, scale: float | None = None, dropout_p
     (qkv,) = cast(autocast_dtype(qkv), qkv)
     call = (qkv, num_heads, scale, dropout_p, seed)
     with without_autocast(qkv):
-        OP.select(backend, *call)
-        return reference.attention(*call)
+        chosen = OP.select(backend, *call)
+        return reference.attention(*call) if chosen == "reference" else NATIVE(chosen, *call)
 
 
 def _check(qkv: Tensor, num_heads: int, dropout_p: float, seed: Tensor | None) -> None:

@@ -10,11 +10,17 @@ import torch
 from torch import Tensor
 
 from deit_fast import reference
-from deit_fast.backend import Op
 
 from .checks import check, check_activation, check_device, without_autocast
+from .registration import NativeOp
 
-OP = Op("distillation_loss")
+NATIVE = NativeOp(
+    "distillation_loss", backends=(),
+    args="Tensor cls_logits, Tensor? dist_logits, Tensor target, Tensor? teacher_logits, str kind, float alpha, float tau, "
+         "str reduction, float smoothing",
+    grads=("cls_logits", "dist_logits"),
+    out=lambda cls_logits, *_: cls_logits.new_empty((), dtype=torch.promote_types(cls_logits.dtype, torch.float32)))
+OP = NATIVE.op
 
 KINDS = ("none", "soft", "hard")
 REDUCTIONS = ("batchmean", "numel")
@@ -45,8 +51,8 @@ def distillation_loss(cls_logits: Tensor, dist_logits: Tensor | None, target: Te
     teacher_logits = None if teacher_logits is None else teacher_logits.detach()
     call = (cls_logits, dist_logits, target, teacher_logits, kind, alpha, tau, reduction, smoothing)
     with without_autocast(cls_logits):
-        OP.select(backend, *call)
-        return reference.distillation_loss(*call)
+        chosen = OP.select(backend, *call)
+        return reference.distillation_loss(*call) if chosen == "reference" else NATIVE(chosen, *call)
 
 
 def _check(cls_logits: Tensor, dist_logits: Tensor | None, target: Tensor, teacher_logits: Tensor | None, kind: str,

@@ -9,11 +9,16 @@ from __future__ import annotations
 from torch import Tensor
 
 from deit_fast import reference
-from deit_fast.backend import Op
 
 from .checks import autocast_dtype, cast, check, check_activation, check_parameter, without_autocast
+from .registration import NativeOp
 
-OP = Op("layernorm_linear")
+NATIVE = NativeOp(
+    "layernorm_linear", backends=(),
+    args="Tensor x, Tensor ln_weight, Tensor? ln_bias, Tensor weight, Tensor? bias, float eps",
+    grads=("x", "ln_weight", "ln_bias", "weight", "bias"),
+    out=lambda x, ln_weight, ln_bias, weight, *_: x.new_empty((*x.shape[:-1], weight.shape[0])))
+OP = NATIVE.op
 
 
 def layernorm_linear(x: Tensor, ln_weight: Tensor, ln_bias: Tensor | None, weight: Tensor, bias: Tensor | None,
@@ -34,8 +39,8 @@ def layernorm_linear(x: Tensor, ln_weight: Tensor, ln_bias: Tensor | None, weigh
     (x,) = cast(autocast_dtype(x), x)
     call = (x, ln_weight, ln_bias, weight, bias, eps)
     with without_autocast(x):
-        OP.select(backend, *call)
-        return reference.layernorm_linear(*call)
+        chosen = OP.select(backend, *call)
+        return reference.layernorm_linear(*call) if chosen == "reference" else NATIVE(chosen, *call)
 
 
 def _check(x: Tensor, ln_weight: Tensor, ln_bias: Tensor | None, weight: Tensor, bias: Tensor | None) -> None:

@@ -9,12 +9,18 @@ from __future__ import annotations
 from torch import Tensor
 
 from deit_fast import reference
-from deit_fast.backend import Op
 
 from .checks import (autocast_dtype, cast, check, check_activation, check_dropout, check_parameter, check_row_scale,
                      without_autocast)
+from .registration import NativeOp
 
-OP = Op("layernorm_mlp")
+NATIVE = NativeOp(
+    "layernorm_mlp", backends=(),
+    args="Tensor x, Tensor ln_weight, Tensor? ln_bias, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, "
+         "Tensor? fc2_bias, float eps, float dropout_p, Tensor? seed, Tensor? row_scale",
+    grads=("x", "ln_weight", "ln_bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias"),
+    out=lambda x, *_: x.new_empty(x.shape))
+OP = NATIVE.op
 
 
 def layernorm_mlp(x: Tensor, ln_weight: Tensor, ln_bias: Tensor | None, fc1_weight: Tensor, fc1_bias: Tensor | None,
@@ -41,8 +47,8 @@ def layernorm_mlp(x: Tensor, ln_weight: Tensor, ln_bias: Tensor | None, fc1_weig
     (x,) = cast(autocast_dtype(x), x)
     call = (x, ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps, dropout_p, seed, row_scale)
     with without_autocast(x):
-        OP.select(backend, *call)
-        return reference.layernorm_mlp(*call)
+        chosen = OP.select(backend, *call)
+        return reference.layernorm_mlp(*call) if chosen == "reference" else NATIVE(chosen, *call)
 
 
 def _check(x: Tensor, ln_weight: Tensor, ln_bias: Tensor | None, fc1_weight: Tensor, fc1_bias: Tensor | None,

@@ -8,12 +8,17 @@ from __future__ import annotations
 from torch import Tensor
 
 from deit_fast import reference
-from deit_fast.backend import Op
 
 from .checks import (autocast_dtype, cast, check, check_activation, check_device, check_dropout, check_parameter,
                      check_row_scale, without_autocast)
+from .registration import NativeOp
 
-OP = Op("linear_residual")
+NATIVE = NativeOp(
+    "linear_residual", backends=(),
+    args="Tensor x, Tensor weight, Tensor? bias, Tensor residual, float dropout_p, Tensor? seed, Tensor? row_scale",
+    grads=("x", "weight", "bias"), added="residual",
+    out=lambda x, weight, bias, residual, *_: residual.new_empty(residual.shape))
+OP = NATIVE.op
 
 
 def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, dropout_p: float = 0.0,
@@ -37,8 +42,8 @@ def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Te
     check(x.dtype == residual.dtype, OP.name, f"residual must have the dtype of x, {x.dtype}, got {residual.dtype}")
     call = (x, weight, bias, residual, dropout_p, seed, row_scale)
     with without_autocast(x):
-        OP.select(backend, *call)
-        return reference.linear_residual(*call)
+        chosen = OP.select(backend, *call)
+        return reference.linear_residual(*call) if chosen == "reference" else NATIVE(chosen, *call)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, dropout_p: float, seed: Tensor | None,

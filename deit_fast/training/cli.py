@@ -37,8 +37,9 @@ def setting(default: Any, help: str, *, choices: Sequence[str] = (), within: str
     within: an interval such as "[0, 1)" or "(0, inf)". pattern: what a free text must match in full.
     flags: further names. bare: the value of the flag given without one.
     """
-    return dataclasses.field(default=default, metadata=dict(
-        help=help, choices=tuple(choices), within=within, pattern=pattern, flags=tuple(flags), metavar=metavar, bare=bare))
+    return dataclasses.field(default=default, metadata=dict(help=help, choices=tuple(choices), within=within,
+                                                            pattern=pattern, flags=tuple(flags), metavar=metavar,
+                                                            bare=bare))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,7 +235,8 @@ def read_yaml(path: str) -> dict[Any, Any]:
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"Cannot read the configuration {path}: {error.strerror}. Give -c an existing YAML file.") from error
+        raise ConfigError(f"Cannot read the configuration {path}: {error.strerror}. "
+                          "Give -c an existing YAML file.") from error
     except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date or number that YAML cannot hold
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if content is None:

@@ -5,11 +5,13 @@ loader sees `DataConfig`, the optimiser `OptimConfig`. A field's annotation and 
 default and checks (`cli.py`). The defaults are the report's DeiT; other recipes are presets (`presets.yaml`).
 
 Order, later wins: defaults < preset < `-c file.yaml` < flags. A file may name its preset with the key `preset`; the
-flag `--preset` then replaces it. `to_dict` is what a run writes as `config.yaml`; read again with -c it is the same run.
+flag `--preset` then replaces it. `to_dict` is what a run writes as `config.yaml`; read again with -c it is the same
+run.
 
 A combination that cannot be trained as asked is a ConfigError. A setting that merely does nothing beside the others is
-a line of `warnings` (`no_effect.py`), but only where somebody gave it: `Config.explicit` holds the flags, and the keys of a file that
-differ from its preset (a written config.yaml names every key, and must not complain about all that its run left alone).
+a line of `warnings` (`no_effect.py`), but only where somebody gave it: `Config.explicit` holds the flags, and those
+keys of a file that differ from the preset and the default. (A config.yaml names every key; what its run left alone is
+no reason to complain.)
 
 This module must stay free of torch, which takes seconds to import and would make `--help` wait for it.
 """
@@ -24,7 +26,7 @@ from ..errors import ConfigError
 from .cli import Parser, Section, Setting, convert, from_mapping, nearest, read_yaml, setting, settings
 from .no_effect import warnings as warnings  # part of this module's interface
 
-SEED = "[0, 4294967295]"  # one word of the Philox key
+SEED = "[0, 4294967295]"  # 32 bits: exact as a float, and taken by every generator
 
 
 @dataclass(frozen=True)
@@ -246,7 +248,7 @@ def _assemble(file: dict[str, Any], source: str, flags: dict[str, Any], preset: 
     words = {name: convert(SETTINGS[name], word, SETTINGS[name].flag) for name, word in flags.items()}
     values = base | keys | words
     parts = {part: cls(**{s.name: values[s.name] for s in settings(cls)}) for part, cls in _PARTS.items()}
-    changed = {name for name, value in keys.items() if value != base[name]}
+    changed = {name for name, value in keys.items() if value not in (base[name], SETTINGS[name].default)}
     return Config(**parts, preset=preset, explicit=frozenset(changed | words.keys()))
 
 

@@ -63,7 +63,7 @@ def _surprising(config: Config) -> list[tuple[bool, str, str]]:
     untaught = config.distillation.distillation_type == "none" and model.distilled
     return [
         (aug.aa != "none" and aug.color_jitter > 0, "aa color_jitter",
-         f"--color-jitter {aug.color_jitter} is applied on top of --aa {aug.aa}; DeiT's and timm's code would drop it."),
+         f"--color-jitter {aug.color_jitter} is applied on top of --aa {aug.aa}; the code of DeiT would drop it."),
         (untaught, "distillation_type model tokens",
          f"--model {model.model} has a distillation token, but with --distillation-type none nothing trains its head, "
          "which evaluation averages in. Choose a model without it, or --tokens cls."),

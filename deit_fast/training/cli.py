@@ -37,9 +37,9 @@ def setting(default: Any, help: str, *, choices: Sequence[str] = (), within: str
     within: an interval such as "[0, 1)" or "(0, inf)". pattern: what a free text must match in full.
     flags: further names. bare: the value of the flag given without one.
     """
-    return dataclasses.field(default=default, metadata=dict(help=help, choices=tuple(choices), within=within,
-                                                            pattern=pattern, flags=tuple(flags), metavar=metavar,
-                                                            bare=bare))
+    return dataclasses.field(default=default, metadata={
+        "help": help, "choices": tuple(choices), "within": within, "pattern": pattern, "flags": tuple(flags),
+        "metavar": metavar, "bare": bare})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +206,7 @@ class Parser(argparse.ArgumentParser):
         if s.kind is bool:
             group.add_argument(*names, dest=s.name, action=argparse.BooleanOptionalAction, help=s.help_text())
             return
-        metavar = "{%s}" % ",".join(s.choices) if s.choices else s.metavar or _METAVARS[s.kind]
+        metavar = f"{{{','.join(s.choices)}}}" if s.choices else s.metavar or _METAVARS[s.kind]
         extra: dict[str, Any] = {"nargs": "+"} if s.length else {}
         if s.bare is not None:
             extra, metavar = {"nargs": "?", "const": s.bare}, f"[{metavar}]"

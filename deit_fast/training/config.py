@@ -24,7 +24,10 @@ from typing import Any
 
 from ..errors import ConfigError
 from .cli import Parser, Section, Setting, convert, from_mapping, nearest, read_yaml, setting, settings
-from .no_effect import warnings as warnings  # part of this module's interface
+from .no_effect import warnings
+
+__all__ = ["PRESETS", "SETTINGS", "AugmentationConfig", "Config", "DataConfig", "DistillationConfig", "ModelConfig",
+           "OptimConfig", "RunConfig", "from_dict", "parse", "to_dict", "warnings"]
 
 SEED = "[0, 4294967295]"  # 32 bits: exact as a float, and taken by every generator
 
@@ -43,7 +46,7 @@ class DataConfig(Section):
     val_split: float = setting(0.1, "share of the training set that chooses the best epoch", within="[0, 0.5]")
     batch_size: int = setting(64, "images per forward pass", within="[1, inf)", flags=("-b",))
     eval_batch_size: int = setting(256, "images per forward pass in evaluation", within="[1, inf)")
-    workers: int = setting(2, "processes that decode images or apply --aa", within="[0, inf)",
+    workers: int = setting(2, "processes that apply --aa; nothing else needs any", within="[0, inf)",
                            flags=("-j", "--num-workers"))
     repeated_aug: bool = setting(False, "each chosen image comes --aug-repeats times in an epoch of unchanged length, "
                                  "every time augmented differently; works on one process")
@@ -69,7 +72,7 @@ class AugmentationConfig(Section):
                       "rand-m9-mstd0.5-inc1", pattern=r"none|ra|ta_wide|rand(-[a-z]+[0-9.]+)*")
     reprob: float = setting(0.0, "probability of random erasing", within="[0, 1]")
     remode: str = setting("pixel", "erase with normal noise or with the mean", choices=("pixel", "const"))
-    recount: int = setting(1, "erased boxes per image", within="[1, inf)")
+    recount: int = setting(1, "most boxes erased in an image", within="[1, inf)")
     mixup: float = setting(0.0, "alpha of MixUp's Beta(alpha, alpha); 0: no MixUp", within="[0, inf)")
     cutmix: float = setting(0.0, "alpha of CutMix's Beta(alpha, alpha); 0: no CutMix", within="[0, inf)")
     cutmix_minmax: tuple[float, float] | None = setting(
@@ -264,8 +267,8 @@ def parse(argv: Sequence[str], prog: str = "python -m deit_fast.train") -> Confi
 def to_dict(config: Config) -> dict[str, Any]:
     """All settings with flat keys and YAML's types, as in config.yaml; `preset` first."""
     flat: dict[str, Any] = {"preset": config.preset}
-    for part in _PARTS:
-        for s in settings(_PARTS[part]):
+    for part, cls in _PARTS.items():
+        for s in settings(cls):
             value = getattr(getattr(config, part), s.name)
             flat[s.name] = list(value) if isinstance(value, tuple) else value
     return flat

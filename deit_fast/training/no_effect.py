@@ -35,6 +35,7 @@ def _without_effect(config: Config) -> list[tuple[bool, str, str]]:
         (aug.mixup_off_epoch >= optim.epochs, "mixup_off_epoch", f"the run has only {optim.epochs} epochs"),
         (aug.reprob == 0, "remode recount", "--reprob is 0"),
         (data.data_set == "digits", "hflip", "mirrored digits are not digits, so they are never flipped"),
+        (aug.aa == "none", "workers", "the images are augmented on the device itself; only --aa needs processes"),
         (not data.repeated_aug, "aug_repeats", "--repeated-aug is off"),
         (data.data_set == "digits", "data_path download", "the digits come with scikit-learn"),
         (data.data_set == "folder", "download", "--data-set folder reads --data-path"),

@@ -1,0 +1,1 @@
+"""Training: configuration, the loop, distillation, optimisation, metrics, checkpoints and reports."""

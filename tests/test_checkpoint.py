@@ -203,7 +203,8 @@ class TestCheckpoint:
         checkpoint.save(path, state)
         good = path.read_bytes()
         refused = 0
-        for position in range(0, len(good), 7):
+        members = good.index(b"PK\x01\x02")  # behind them: the archive's table of contents
+        for position in range(0, members, 5):
             data = bytearray(good)
             data[position] ^= 0xFF
             path.write_bytes(data)
@@ -213,7 +214,7 @@ class TestCheckpoint:
                 refused += 1
             else:  # a byte of padding or of a header that nobody needs
                 assert torch.equal(loaded["model"]["w"], state["model"]["w"]) and loaded["name"] == "vit"
-        assert refused > len(good) // 7 // 3
+        assert refused > members // 5 // 3
 
     def test_missing_and_folder(self, tmp_path):
         with pytest.raises(CheckpointError, match="does not exist"):

@@ -19,3 +19,7 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint that is missing, truncated, of another model, or that could not be written."""
+
+
+class TrainingError(UserError):
+    """A run that cannot go on, such as one whose loss is no longer finite."""

@@ -95,36 +95,34 @@ class NinjaBuild(build_ext):
         lines = [
             f"cxx = {quote(compiler)}",
             "rule cxx\n  command = $cxx $flags -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-            "rule link\n  command = $cxx -shared $in -o $out $libs",
+            "rule link\n  command = $cxx -shared $in -o $out -fopenmp",
         ]
         if nvcc:
+            # nvcc compiles the plain C++ and links too: it alone knows where its headers and its run time are.
             lines.append(f"rule nvcc\n  command = {quote([nvcc])} $flags -MMD -MF $out.d -c $in -o $out\n"
                          "  depfile = $out.d\n  deps = gcc")
+            lines.append(f"rule nvcc_link\n  command = {quote([nvcc])} -shared -cudart static $in -o $out")
         for extension in list(self.extensions):
             name = extension.name.rpartition(".")[2]
             defines = [f"-DDEIT_FAST_MODULE={name}"]
-            libs = ["-fopenmp"]
             extra: list[str] = []
-            if name.startswith("_cpu_"):
+            cuda = name == "_cuda"
+            if not cuda:
                 extra = ISAS[name.removeprefix("_cpu_")]
                 if not compiles(compiler, extra):
                     self.warn(f"{' '.join(compiler)} does not know {' '.join(extra)}: {name} is left out.")
                     self.extensions.remove(extension)
                     continue
-            else:
-                libs = ["-L" + str(Path(nvcc).resolve().parent.parent / "lib64"), "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
-                extra = ["-I" + str(Path(nvcc).resolve().parent.parent / "include")]
             objects = []
             for source in extension.sources:
                 out = f"{name}/{Path(source).name}.o"
-                cuda = source.endswith(".cu")
                 words = [*NVCC_FLAGS, *cuda_targets(), *includes] if cuda else [*flags, *extra]
                 lines.append(f"build {out}: {'nvcc' if cuda else 'cxx'} {ninja_path(ROOT / source)}\n"
                              f"  flags = {quote([*words, *defines])}")
                 objects.append(out)
             target = Path(self.get_ext_fullpath(extension.name)).resolve()
             target.parent.mkdir(parents=True, exist_ok=True)
-            lines.append(f"build {ninja_path(target)}: link {' '.join(objects)}\n  libs = {quote(libs)}")
+            lines.append(f"build {ninja_path(target)}: {'nvcc_link' if cuda else 'link'} {' '.join(objects)}")
         return "\n".join(lines) + "\n"
 
 

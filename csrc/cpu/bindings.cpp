@@ -6,6 +6,8 @@
 #include <string>
 #include <vector>
 
+#include "augment_bindings.h"
+
 namespace {
 
 // The instruction sets of setup.py that this processor and its operating system run, best first.
@@ -29,4 +31,10 @@ std::vector<std::string> supported_isas() {
 
 PYBIND11_MODULE(DEIT_FAST_MODULE, m) {
     m.def("supported_isas", &supported_isas);
+    m.def("augment_workspace", &augment_workspace);
+    bind_augment(m, [](const augment::Args& args, void* workspace, int num_threads) {
+        const bool valid = augment_valid(args);
+        if (valid) augment_fwd(args, workspace, num_threads);
+        return valid;
+    });
 }

@@ -1,0 +1,291 @@
+// Augmentation of a batch on the CPU: crop, flip, color, normalise, erase, mix, and the targets.
+//
+// A thread takes one image at a time. Its uint8 pixels are gathered into a planar tile, changed there in place (contrast needs
+// the whole image's mean), and turned into floats strip by strip: strips of about a thousand pixels keep everything after the
+// tile in the first-level cache at any image size. An image and its mixing partner are prepared together and, when they are
+// each other's partners (MixUp's reversed batch), written together, so that no image is prepared twice.
+#include "augment.h"
+
+#include <omp.h>
+
+#include <algorithm>
+
+namespace {
+
+using namespace augment;
+
+constexpr int64_t kStrip = 1024;  // pixels; 2 images x 3 channels x 4 bytes = 24 KiB of a 32 or 48 KiB cache
+
+int64_t padded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+int64_t strip_pixels(int64_t width) { return std::max(kStrip / width, int64_t(1)) * width; }
+
+int64_t thread_workspace(int64_t height, int64_t width) {
+    return 2 * padded(3 * height * width) + 2 * padded(3 * strip_pixels(width) * 4);
+}
+
+// ---- the uint8 tile (3, H', W') of one image ----
+
+void copy_row(uint8_t* dst, const uint8_t* src, int32_t n) {  // short rows: a call of memcpy would cost more than the copy
+    for (; n >= 32; n -= 32, dst += 32, src += 32) memcpy(dst, src, 32);
+    for (int32_t x = 0; x < n; ++x) dst[x] = src[x];
+}
+
+void copy_row_reversed(uint8_t* dst, const uint8_t* src, int32_t n) {
+    int32_t x = 0;
+    for (; x + 32 <= n; x += 32)
+        for (int k = 0; k < 32; ++k) dst[x + k] = src[n - 1 - x - k];
+    for (; x < n; ++x) dst[x] = src[n - 1 - x];
+}
+
+void load_tile(const Args& a, int64_t i, uint8_t* tile) {
+    const int32_t H = a.height, W = a.width, y0 = a.crop[2 * i], x0 = a.crop[2 * i + 1];
+    const int64_t area = int64_t(H) * W;
+    const uint8_t* image = a.images + a.index[i] * a.stride_m;
+    const bool flip = a.flip[i];
+    const int32_t first_y = std::clamp(-y0, 0, H), last_y = std::clamp(a.source_h - y0, first_y, H);
+    const int32_t first_x = std::clamp(-x0, 0, W), last_x = std::clamp(a.source_w - x0, first_x, W);
+    const int32_t n = last_x - first_x, start = flip ? W - last_x : first_x;
+    if (n < W || last_y - first_y < H) memset(tile, 0, 3 * area);
+    if (n == 0) return;
+    if (!flip && a.stride_x == 1 && a.stride_y == W && n == W) {
+        for (int c = 0; c < 3; ++c)
+            memcpy(tile + c * area + int64_t(first_y) * W, image + c * a.stride_c + int64_t(first_y + y0) * W,
+                   int64_t(last_y - first_y) * W);
+        return;
+    }
+    for (int32_t y = first_y; y < last_y; ++y) {
+        const uint8_t* src = image + (y + y0) * a.stride_y + (first_x + x0) * a.stride_x;
+        uint8_t* dst = tile + int64_t(y) * W + start;
+        if (a.stride_x == 1) {
+            for (int c = 0; c < 3; ++c)
+                flip ? copy_row_reversed(dst + c * area, src + c * a.stride_c, n) : copy_row(dst + c * area, src + c * a.stride_c, n);
+            continue;
+        }
+        const int64_t step = flip ? -a.stride_x : a.stride_x;
+        if (flip) src += (n - 1) * a.stride_x;
+        uint8_t *red = dst, *green = dst + area, *blue = dst + 2 * area;
+        if (a.stride_c == 1 && step == 3) {
+#pragma omp simd
+            for (int32_t x = 0; x < n; ++x) red[x] = src[3 * x], green[x] = src[3 * x + 1], blue[x] = src[3 * x + 2];
+        } else if (a.stride_c == 1 && step == -3) {
+#pragma omp simd
+            for (int32_t x = 0; x < n; ++x) red[x] = src[-3 * x], green[x] = src[-3 * x + 1], blue[x] = src[-3 * x + 2];
+        } else {
+            for (int32_t x = 0; x < n; ++x)
+                for (int c = 0; c < 3; ++c) dst[c * area + x] = src[c * a.stride_c + x * step];
+        }
+    }
+}
+
+void blend_all(uint8_t* __restrict tile, int64_t n, int32_t factor, int32_t base) {
+#pragma omp simd
+    for (int64_t p = 0; p < n; ++p) tile[p] = blend(tile[p], factor, base);
+}
+
+int64_t gray_sum(const uint8_t* __restrict tile, int64_t area) {
+    int64_t total = 0;
+    for (int64_t from = 0; from < area; from += kStrip) {  // a strip's sum fits an int32
+        int32_t sum = 0;
+        const int64_t to = std::min(from + kStrip, area);
+#pragma omp simd reduction(+ : sum)
+        for (int64_t p = from; p < to; ++p) sum += gray(tile[p], tile[area + p], tile[2 * area + p]);
+        total += sum;
+    }
+    return total;
+}
+
+void saturate(uint8_t* __restrict red, uint8_t* __restrict green, uint8_t* __restrict blue, int64_t area, int32_t factor) {
+#pragma omp simd
+    for (int64_t p = 0; p < area; ++p) {
+        const int32_t base = saturation_base(gray(red[p], green[p], blue[p]), factor);
+        red[p] = blend(red[p], factor, base);
+        green[p] = blend(green[p], factor, base);
+        blue[p] = blend(blue[p], factor, base);
+    }
+}
+
+void jitter_tile(const Args& a, int64_t i, uint8_t* tile) {
+    const int64_t area = int64_t(a.height) * a.width;
+    for (int step = 0; step < 3; ++step) {
+        const int kind = a.jitter_order[3 * i + step];
+        const int32_t factor = a.jitter[3 * i + kind];
+        if (factor == kOne) continue;  // exactly the identity
+        if (kind == kBrightness) blend_all(tile, 3 * area, factor, 0);
+        if (kind == kContrast) blend_all(tile, 3 * area, factor, contrast_base(gray_sum(tile, area), area, factor));
+        if (kind == kSaturation) saturate(tile, tile + area, tile + 2 * area, area, factor);
+    }
+}
+
+// ---- strips of floats (3, n) ----
+
+void erase_row(const Args& a, int64_t i, float* red, float* green, float* blue, int32_t y, int32_t x, int32_t w) {
+    const uint64_t key = uint64_t(a.noise_key[i]);
+    const uint32_t low = uint32_t(key), high = uint32_t(key >> 32), first = uint32_t(y) * uint32_t(a.width) + uint32_t(x);
+    if (a.pixel_noise) {
+#pragma omp simd
+        for (int32_t k = 0; k < w; ++k) noise(first + uint32_t(k), low, high, red[k], green[k], blue[k]);
+    } else {
+        for (int32_t k = 0; k < w; ++k) red[k] = green[k] = blue[k] = 0.0f;
+    }
+}
+
+// Normalised and erased rows [y0, y1) of image i; the strip's planes are n apart.
+void load_strip(const Args& a, int64_t i, const uint8_t* tile, int32_t y0, int32_t y1, float* strip) {
+    const int64_t area = int64_t(a.height) * a.width, n = int64_t(y1 - y0) * a.width;
+    for (int c = 0; c < 3; ++c) {
+        const uint8_t* __restrict src = tile + c * area + int64_t(y0) * a.width;
+        float* __restrict dst = strip + c * n;
+        const float scale = a.scale[c], bias = a.bias[c];
+#pragma omp simd
+        for (int64_t p = 0; p < n; ++p) dst[p] = normalise(src[p], scale, bias);
+    }
+    for (int64_t r = 0; r < a.R; ++r) {
+        const int32_t* box = a.erase + 4 * (a.R * i + r);
+        if (!has_area(box)) continue;
+        for (int32_t y = std::max(y0, box[0]); y < std::min(y1, box[0] + box[2]); ++y) {
+            float* row = strip + int64_t(y - y0) * a.width + box[1];
+            erase_row(a, i, row, row + n, row + 2 * n, y, box[1], box[3]);
+        }
+    }
+}
+
+struct Float32 {
+    using type = float;
+    static AUGMENT_FN float from(float x) { return x; }
+};
+struct BFloat16 {
+    using type = uint16_t;
+    static AUGMENT_FN uint16_t from(float x) { return to_bfloat16(x); }
+};
+struct Float16 {
+    using type = uint16_t;
+    static AUGMENT_FN uint16_t from(float x) { return to_float16(x); }
+};
+
+// Writes n pixels from pixel `from` of image i; value(c, p) is channel c of the strip's pixel p.
+template <class D, class Value>
+AUGMENT_FN void store(const Args& a, int64_t i, int64_t from, int64_t n, Value value) {
+    using T = typename D::type;
+    const int64_t area = int64_t(a.height) * a.width;
+    if (a.channels_last) {
+        T* __restrict dst = static_cast<T*>(a.out) + 3 * (i * area + from);
+#pragma omp simd
+        for (int64_t p = 0; p < n; ++p) {
+            dst[3 * p] = D::from(value(0, p));
+            dst[3 * p + 1] = D::from(value(1, p));
+            dst[3 * p + 2] = D::from(value(2, p));
+        }
+        return;
+    }
+    for (int c = 0; c < 3; ++c) {
+        T* __restrict dst = static_cast<T*>(a.out) + (3 * i + c) * area + from;
+#pragma omp simd
+        for (int64_t p = 0; p < n; ++p) dst[p] = D::from(value(c, p));
+    }
+}
+
+bool mixes(const Args& a, int64_t i) { return a.lam[i] != 1.0f || has_area(a.cut + 4 * i); }
+
+// Rows [y0, y1) of output i from its own strip and, when it mixes, its partner's.
+template <class D>
+void write_strip(const Args& a, int64_t i, const float* own, const float* other, int32_t y0, int32_t y1) {
+    const int64_t W = a.width, n = (y1 - y0) * W, from = y0 * W;
+    const int32_t* cut = a.cut + 4 * i;
+    const float lam = a.lam[i];
+    if (mixes(a, i) && !has_area(cut)) {
+        store<D>(a, i, from, n, [=](int c, int64_t p) { return mix(own[c * n + p], other[c * n + p], lam); });
+        return;
+    }
+    store<D>(a, i, from, n, [=](int c, int64_t p) { return own[c * n + p]; });
+    if (!mixes(a, i)) return;
+    for (int32_t y = std::max(y0, cut[0]); y < std::min(y1, cut[0] + cut[2]); ++y) {
+        const int64_t at = (y - y0) * W + cut[1];
+        store<D>(a, i, from + at, cut[3], [=](int c, int64_t p) { return other[c * n + at + p]; });
+    }
+}
+
+void write_strip(const Args& a, int64_t i, const float* own, const float* other, int32_t y0, int32_t y1) {
+    if (a.dtype == kFloat32) write_strip<Float32>(a, i, own, other, y0, y1);
+    if (a.dtype == kBFloat16) write_strip<BFloat16>(a, i, own, other, y0, y1);
+    if (a.dtype == kFloat16) write_strip<Float16>(a, i, own, other, y0, y1);
+}
+
+// ---- one image, with its partner where they can be written together ----
+
+void write_targets(const Args& a, int64_t i) {
+    float* row = a.targets + i * a.K;
+    const float lam = a.lam[i];
+    const int64_t own = a.labels[a.index[i]], other = a.labels[a.index[a.partner[i]]];
+    std::fill(row, row + a.K, mix(a.off, a.off, lam));
+    row[own] = mix(a.on, own == other ? a.on : a.off, lam);
+    if (own != other) row[other] = mix(a.off, a.on, lam);
+}
+
+void augment_image(const Args& a, int64_t i, char* workspace) {
+    const int64_t j = a.partner[i];
+    const bool together = a.partner[j] == i && i != j && (mixes(a, i) || mixes(a, j));
+    if (together && j < i) return;  // written by its partner's turn
+    const bool needs_other = together || mixes(a, i);
+    const int64_t tile_bytes = padded(3 * int64_t(a.height) * a.width), strip_bytes = padded(3 * strip_pixels(a.width) * 4);
+    auto own_tile = reinterpret_cast<uint8_t*>(workspace), other_tile = own_tile + tile_bytes;
+    auto own = reinterpret_cast<float*>(workspace + 2 * tile_bytes), other = own + strip_bytes / 4;
+    load_tile(a, i, own_tile);
+    jitter_tile(a, i, own_tile);
+    if (needs_other) {
+        load_tile(a, j, other_tile);
+        jitter_tile(a, j, other_tile);
+    }
+    const int32_t rows = int32_t(strip_pixels(a.width) / a.width);
+    for (int32_t y0 = 0; y0 < a.height; y0 += rows) {
+        const int32_t y1 = std::min(y0 + rows, a.height);
+        load_strip(a, i, own_tile, y0, y1, own);
+        if (needs_other) load_strip(a, j, other_tile, y0, y1, other);
+        write_strip(a, i, own, other, y0, y1);
+        if (together) write_strip(a, j, other, own, y0, y1);
+    }
+}
+
+bool box_inside(const Args& a, const int32_t* box) {
+    return box[0] >= 0 && box[1] >= 0 && box[2] >= 0 && box[3] >= 0 && int64_t(box[0]) + box[2] <= a.height &&
+           int64_t(box[1]) + box[3] <= a.width;
+}
+
+}  // namespace
+
+int64_t augment_workspace(int64_t height, int64_t width, int num_threads) {
+    return thread_workspace(height, width) * num_threads;
+}
+
+bool augment_valid(const augment::Args& a) {
+    for (int64_t i = 0; i < a.B; ++i) {
+        if (a.index[i] < 0 || a.index[i] >= a.M || a.partner[i] < 0 || a.partner[i] >= a.B) return false;
+        const int64_t label = a.labels[a.index[i]];
+        if (label < 0 || label >= a.K || !(a.lam[i] >= 0.0f && a.lam[i] <= 1.0f)) return false;
+        const int32_t y = a.crop[2 * i], x = a.crop[2 * i + 1];
+        if (y < -a.height || y > a.source_h || x < -a.width || x > a.source_w) return false;
+        int kinds = 0;
+        for (int k = 0; k < 3; ++k) {
+            const int32_t factor = a.jitter[3 * i + k], kind = a.jitter_order[3 * i + k];
+            if (factor < 0 || factor > kMaxFactor || kind > kSaturation) return false;
+            kinds |= 1 << kind;
+        }
+        if (kinds != 7 || !box_inside(a, a.cut + 4 * i)) return false;
+        for (int64_t r = 0; r < a.R; ++r)
+            if (!box_inside(a, a.erase + 4 * (a.R * i + r))) return false;
+    }
+    return true;
+}
+
+void augment_fwd(const augment::Args& a, void* workspace, int num_threads) {
+    const int64_t bytes = thread_workspace(a.height, a.width);
+#pragma omp parallel num_threads(num_threads)
+    {
+        char* mine = static_cast<char*>(workspace) + bytes * omp_get_thread_num();
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < a.B; ++i) {
+            augment_image(a, i, mine);
+            write_targets(a, i);
+        }
+    }
+}

@@ -1,0 +1,152 @@
+"""Augmentation of a batch on the device: one kernel from resident uint8 images to a normalised batch and its targets.
+
+Per-image pipelines spend their time between operators: torchvision's runs some twenty of them per image, and MixUp another
+handful per batch. Here the decisions are drawn beforehand (`data.augmentation.sample_plan`) and one pass over the
+pixels applies them all, in DeiT's order: crop, flip, color, normalise, erase, mix. reference/augment.py is the specification.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from deit_fast import reference
+from deit_fast.backend import Op
+from deit_fast.reference.augment import output_size, source_size
+
+from .augment_values import check_values
+from .checks import check
+from .registration import launchers, register
+
+if TYPE_CHECKING:
+    from deit_fast.data.plan import Plan
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_SIDE = 1 << 15  # coordinates, box sides and pixel numbers stay well inside an int32
+
+# The plan's tensors in Plan's order: name, dtype, shape after (B,); -1 is any size.
+COLUMNS = (
+    ("index", torch.int64, ()), ("crop", torch.int32, (2,)), ("flip", torch.bool, ()), ("jitter_order", torch.uint8, (3,)),
+    ("jitter", torch.int32, (3,)), ("erase", torch.int32, (-1, 4)), ("noise_key", torch.int64, ()),
+    ("partner", torch.int64, ()), ("lam", torch.float32, ()), ("cut", torch.int32, (4,)),
+)
+
+_CHECK = os.environ.get("DEIT_FAST_CHECK") == "1"  # check values on GPUs too, at the price of a synchronisation
+_offers, _modules = launchers("augment", ("cpu", "cuda"))
+OP = Op("augment", _offers)
+
+
+def augment(images: Tensor, labels: Tensor, plan: Plan, mean: Sequence[float], std: Sequence[float], num_classes: int,
+            size: int | tuple[int, int] | None = None, smoothing: float = 0.0, dtype: torch.dtype = torch.float32,
+            channels_last: bool = False, *, backend: str | None = None) -> tuple[Tensor, Tensor]:
+    """The batch that a plan makes of uint8 images: (B, 3, H', W') normalised, and its targets (B, K) in fp32.
+
+    Args:
+        images: (M, 3, H, W) or (M, H, W, 3) uint8, any strides; never copied. (M, 3, H, 3) counts as the first.
+        labels: (M,) int64 in [0, K).
+        plan: B rows, on the images' device; the table in `data.plan.Plan` gives every field's range.
+        mean, std: of the three channels, on the scale 0..1; the output is (pixel / 255 - mean) / std.
+        num_classes: K.
+        size: H', or (H', W'); default: the images' own.
+        smoothing: eps of the one-hots, 1 - eps + eps / K and eps / K, which are then mixed like the images. A loss must not
+            smooth them again.
+        dtype: of the batch: float32, bfloat16 or float16, rounded once at the end.
+        channels_last: the batch's memory format.
+        backend: who computes it; None: see `deit_fast.use_backend`.
+
+    Not differentiable. Raises ValueError or TypeError for shapes, dtypes, devices and, on the CPU, values that do not fit. On a
+    GPU values are clamped into range; DEIT_FAST_CHECK=1 in the environment checks them there too, with a
+    synchronisation. BackendError for a backend that cannot serve the call.
+
+    MixUp: Zhang et al. 2018; CutMix: Yun et al. 2019; random erasing: Zhong et al. 2017; order and defaults: Touvron et
+    al. 2021 (DeiT).
+    """
+    _check(images, labels, plan, mean, std, num_classes, smoothing, dtype)
+    height, width = output_size(images, size)
+    check(0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE, OP.name,
+          f"size must be 1 to {MAX_SIDE} pixels a side, got {height}x{width}")
+    tensors = [plan.index, plan.crop, plan.flip, plan.jitter_order, plan.jitter, plan.erase, plan.noise_key, plan.partner,
+               plan.lam, plan.cut]
+    call = (images, labels, tensors, plan.remode, list(mean), list(std), num_classes, height, width, smoothing, dtype,
+            channels_last)
+    chosen = OP.select(backend, *call)
+    if chosen != "reference":
+        return _operator(*call, chosen)
+    if (images.device.type == "cpu" or _CHECK) and not torch.compiler.is_compiling():
+        check_values(images, labels, tensors, num_classes, height, width)
+    return reference.augment(images, labels, plan, mean, std, num_classes, (height, width), smoothing, dtype, channels_last)
+
+
+def _check(images: Tensor, labels: Tensor, plan: Plan, mean: Sequence[float], std: Sequence[float], num_classes: int,
+           smoothing: float, dtype: torch.dtype) -> None:
+    name = OP.name
+    if not isinstance(images, Tensor) or images.dtype != torch.uint8:
+        raise TypeError(f"{name}: images must be a uint8 tensor, got {getattr(images, 'dtype', type(images).__name__)}.")
+    check(images.dim() == 4 and (images.shape[1] == 3 or images.shape[3] == 3), name,
+          f"images must have shape (M, 3, H, W) or (M, H, W, 3), got {tuple(images.shape)}")
+    M = images.shape[0]
+    check(0 < min(source_size(images)) and max(source_size(images)) <= MAX_SIDE, name,
+          f"images must have 1 to {MAX_SIDE} pixels a side, got {tuple(images.shape)}")
+    _check_tensor("labels", labels, torch.int64, (M,), images)
+    B = plan.index.shape[0]
+    check(M > 0 or B == 0, name, f"there are no images for a plan of {B} rows")
+    for column, column_dtype, rest in COLUMNS:
+        _check_tensor(f"plan.{column}", getattr(plan, column), column_dtype, (B, *rest), images)
+    check(plan.remode in ("pixel", "const"), name, f"plan.remode must be 'pixel' or 'const', got {plan.remode!r}")
+    for argument, values in (("mean", mean), ("std", std)):
+        check(len(values) == 3 and all(math.isfinite(v) for v in values), name,
+              f"{argument} must be 3 finite numbers, got {tuple(values)}")
+    check(min(std) > 0, name, f"std must be positive, got {tuple(std)}")
+    check(num_classes >= 1, name, f"num_classes must be 1 or more, got {num_classes}")
+    check(0.0 <= smoothing < 1.0, name, f"smoothing must be in [0, 1), got {smoothing}")
+    if dtype not in DTYPES:
+        raise TypeError(f"{name}: dtype must be float32, bfloat16 or float16, got {dtype}.")
+
+
+def _check_tensor(what: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], images: Tensor) -> None:
+    if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
+        raise TypeError(f"{OP.name}: {what} must be a tensor of {dtype}, got {getattr(tensor, 'dtype', type(tensor).__name__)}.")
+    fits = tensor.dim() == len(shape) and all(want in (-1, have) for have, want in zip(tensor.shape, shape))
+    check(fits, OP.name, f"{what} must have shape {shape}, got {tuple(tensor.shape)}")
+    check(tensor.device == images.device, OP.name, f"{what} must be on {images.device} like the images, got {tensor.device}")
+
+
+def _new_outputs(images: Tensor, B: int, num_classes: int, height: int, width: int, dtype: torch.dtype,
+                 channels_last: bool) -> tuple[Tensor, Tensor]:
+    """Uninitialised (B, 3, H', W') and (B, K)."""
+    if channels_last:
+        out = images.new_empty((B, height, width, 3), dtype=dtype).permute(0, 3, 1, 2)
+    else:
+        out = images.new_empty((B, 3, height, width), dtype=dtype)
+    return out, images.new_empty((B, num_classes), dtype=torch.float32)
+
+
+def _impl(images: Tensor, labels: Tensor, plan: list[Tensor], remode: str, mean: list[float], std: list[float], num_classes: int,
+          height: int, width: int, smoothing: float, dtype: torch.dtype, channels_last: bool,
+          backend: str) -> tuple[Tensor, Tensor]:
+    if _CHECK and images.device.type != "cpu":
+        check_values(images, labels, plan, num_classes, height, width)
+    out, targets = _new_outputs(images, plan[0].shape[0], num_classes, height, width, dtype, channels_last)
+    in_range = _modules[backend].forward(images, labels, plan, remode, mean, std, num_classes, height, width, smoothing, dtype,
+                                         channels_last, out=out, targets=targets)
+    if not in_range:
+        check_values(images, labels, plan, num_classes, height, width)
+        raise AssertionError("the kernel refused a plan that check_values accepts")
+    return out, targets
+
+
+def _fake(images: Tensor, labels: Tensor, plan: list[Tensor], remode: str, mean: list[float], std: list[float], num_classes: int,
+          height: int, width: int, smoothing: float, dtype: torch.dtype, channels_last: bool,
+          backend: str) -> tuple[Tensor, Tensor]:
+    return _new_outputs(images, plan[0].shape[0], num_classes, height, width, dtype, channels_last)
+
+
+_operator = register(
+    "augment",
+    "(Tensor images, Tensor labels, Tensor[] plan, str remode, float[] mean, float[] std, SymInt num_classes, SymInt height, "
+    "SymInt width, float smoothing, ScalarType dtype, bool channels_last, str backend) -> (Tensor, Tensor)", _impl, _fake)

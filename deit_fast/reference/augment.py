@@ -1,0 +1,148 @@
+"""Augmentation of a batch from a plan: the arithmetic that every backend shares, in plain torch.
+
+Integers until the image is normalised, so that backends agree to the last bit: a color operation is one blend
+clamp((x F + base) >> 16) of uint8 x with a 16.16 factor F, truncated to uint8 like torchvision's. base is 0 for brightness;
+g (1 - F) for saturation with the pixel's gray g; the same with the mean of all g for contrast. Gray is floor(0.2989 r +
+0.587 g + 0.114 b) with weights in 1/65536, taken of the image as it is then.
+
+Floating point after that, in fp32 with these roundings and no others: normalising is one fma, c * scale + bias with scale =
+1 / (255 std) and bias = -mean / std rounded to fp32; mixing is fma(own, lam, p) with p = fl(partner * fl(1 - lam)); the cast
+to the output's dtype comes last. An fma is written as fp64 rounded to fp32 here. Erasing comes between the two (DeiT's order),
+with N(0, 1) noise by Box-Muller from Philox words of counter (y W + x, 0, 0, 0): words 0 and 1 make red and green, 2 and 3 make
+blue. Native kernels evaluate its logarithm, sine and cosine in fp32: the noise is equal within a few roundings, the rest exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .philox import philox4x32, split
+
+if TYPE_CHECKING:
+    from deit_fast.data.plan import Plan
+
+GRAY = (19589, 38470, 7471)  # 0.2989, 0.587, 0.114 times 65536, torchvision's weights
+ONE = 1 << 16  # 1.0 in 16.16
+
+
+def augment(images: Tensor, labels: Tensor, plan: Plan, mean: tuple[float, ...], std: tuple[float, ...], num_classes: int,
+            size: int | tuple[int, int] | None = None, smoothing: float = 0.0, dtype: torch.dtype = torch.float32,
+            channels_last: bool = False) -> tuple[Tensor, Tensor]:
+    """The augmented, normalised batch (B, 3, H', W') and its targets (B, K) fp32.
+
+    images: (M, 3, H, W) or (M, H, W, 3) uint8; labels: (M,) int64; plan: B rows; size: (H', W'), default (H, W).
+    """
+    H, W = output_size(images, size)
+    x = crop_flip(images, plan.index, plan.crop, plan.flip, H, W)  # (B, H', W', 3)
+    x = jitter(x, plan.jitter_order, plan.jitter)
+    scale, bias = (torch.tensor(values, dtype=torch.float32, device=x.device) for values in normalisation(mean, std))
+    x = fma(x, scale, bias)
+    x = erase(x, plan.erase, plan.noise_key, plan.remode)
+    x = mix(x, plan.partner, plan.lam, plan.cut).to(dtype).permute(0, 3, 1, 2)
+    x = x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    return x, mixed_targets(labels[plan.index], plan.partner, plan.lam, num_classes, smoothing)
+
+
+def channels_first(images: Tensor) -> bool:
+    """Whether images are (M, 3, H, W), not (M, H, W, 3); images of shape (M, 3, W, 3) count as (M, 3, H, W)."""
+    return images.shape[1] == 3
+
+
+def source_size(images: Tensor) -> tuple[int, int]:
+    """(H, W) of images in either layout."""
+    return (images.shape[2], images.shape[3]) if channels_first(images) else (images.shape[1], images.shape[2])
+
+
+def output_size(images: Tensor, size: int | tuple[int, int] | None) -> tuple[int, int]:
+    """(H', W'): `size`, a square of side `size`, or the images' own."""
+    if size is None:
+        return source_size(images)
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def normalisation(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[list[float], list[float]]:
+    """(scale, bias) per channel with uint8 * scale + bias = (uint8 / 255 - mean) / std; to be rounded to fp32."""
+    return [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std)]
+
+
+def crop_flip(images: Tensor, index: Tensor, crop: Tensor, flip: Tensor, H: int, W: int) -> Tensor:
+    """(B, H, W, 3) uint8: windows at `crop` (B, 2), black outside the source, then mirrored where `flip` (B,)."""
+    source_h, source_w = source_size(images)
+    across = torch.arange(W, device=images.device)
+    across = torch.where(flip[:, None], W - 1 - across, across)  # (B, W)
+    y = crop[:, 0, None] + torch.arange(H, device=images.device)  # (B, H)
+    x = crop[:, 1, None] + across
+    inside = ((y >= 0) & (y < source_h))[:, :, None] & ((x >= 0) & (x < source_w))[:, None, :]
+    rows, y, x = index[:, None, None], y.clamp(0, source_h - 1)[:, :, None], x.clamp(0, source_w - 1)[:, None, :]
+    pixels = images[rows, :, y, x] if channels_first(images) else images[rows, y, x]  # (B, H, W, 3)
+    return pixels * inside[..., None]
+
+
+def jitter(x: Tensor, order: Tensor, factors: Tensor) -> Tensor:
+    """(B, H, W, 3) uint8 after brightness (0), contrast (1) and saturation (2) in each row's `order`.
+
+    x: (B, H, W, 3) uint8; order: (B, 3) uint8; factors: (B, 3) int32, 16.16, by kind.
+    """
+    area = x.shape[1] * x.shape[2]
+    x = x.int()
+    for kind in order.long().unbind(1):  # (B,)
+        factor = factors.gather(1, kind[:, None])[:, :, None, None]  # (B, 1, 1, 1)
+        kind = kind[:, None, None, None]
+        gray = (x[..., 0:1] * GRAY[0] + x[..., 1:2] * GRAY[1] + x[..., 2:3] * GRAY[2]) >> 16  # (B, H, W, 1)
+        mean = (gray.sum((1, 2, 3), keepdim=True, dtype=torch.int64) << 16) // area  # (B, 1, 1, 1), 16.16
+        contrast = (mean * (ONE - factor) >> 16).int()
+        base = torch.where(kind == 2, gray * (ONE - factor), torch.where(kind == 1, contrast, 0))
+        x = ((x * factor + base) >> 16).clamp(0, 255)
+    return x.to(torch.uint8)
+
+
+def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """a * b + c, rounded once to fp32 (the product of two fp32 is exact in fp64)."""
+    return (a.double() * b.double() + c.double()).float()
+
+
+def noise(noise_key: Tensor, H: int, W: int) -> Tensor:
+    """(B, H, W, 3) fp32, N(0, 1): a function of the key (B,) int64 and the pixel alone."""
+    pixel = torch.arange(H * W, device=noise_key.device)
+    words = philox4x32((pixel, 0, 0, 0), tuple(word[:, None] for word in split(noise_key)))  # 4 x (B, H W)
+    u = [(word >> 8).double() * 2.0**-24 for word in words]  # 24 bits: exact in the kernels' fp32
+    radius = [torch.sqrt(-2 * torch.log(v + 2.0**-24)) for v in (u[0], u[2])]  # of (0, 1]
+    z = torch.stack([radius[0] * torch.cos(2 * math.pi * u[1]), radius[0] * torch.sin(2 * math.pi * u[1]),
+                     radius[1] * torch.cos(2 * math.pi * u[3])], dim=-1)
+    return z.float().view(-1, H, W, 3)
+
+
+def inside_box(box: Tensor, H: int, W: int) -> Tensor:
+    """(..., H, W) bool: the pixels of each box (..., 4) of (y, x, h, w)."""
+    y, x, h, w = (side[..., None] for side in box.unbind(-1))
+    rows, columns = torch.arange(H, device=box.device), torch.arange(W, device=box.device)
+    return ((rows >= y) & (rows < y + h))[..., :, None] & ((columns >= x) & (columns < x + w))[..., None, :]
+
+
+def erase(x: Tensor, boxes: Tensor, noise_key: Tensor, remode: str) -> Tensor:
+    """x with its boxes (B, R, 4) filled by noise ("pixel") or 0, the mean color ("const"): (B, H, W, 3) fp32."""
+    H, W = x.shape[1:3]
+    filling = noise(noise_key, H, W) if remode == "pixel" else 0.0
+    return torch.where(inside_box(boxes, H, W).any(1)[..., None], filling, x)
+
+
+def mix(x: Tensor, partner: Tensor, lam: Tensor, cut: Tensor) -> Tensor:
+    """MixUp by lam (B,), or CutMix where the cut (B, 4) has an area, of x (B, H, W, 3) with x[partner]."""
+    H, W = x.shape[1:3]
+    other = x[partner]
+    weight = lam[:, None, None, None]
+    mixed = fma(x, weight, other * (1 - weight))
+    cuts = (cut[:, 2] * cut[:, 3] > 0)[:, None, None, None]
+    return torch.where(cuts, torch.where(inside_box(cut, H, W)[..., None], other, x), mixed)
+
+
+def mixed_targets(labels: Tensor, partner: Tensor, lam: Tensor, num_classes: int, smoothing: float) -> Tensor:
+    """(B, K) fp32: one-hots smoothed to 1 - eps + eps / K and eps / K, mixed with the partner's by lam; labels: (B,)."""
+    off = smoothing / num_classes
+    hot = labels[:, None] == torch.arange(num_classes, device=labels.device)
+    own = torch.where(hot, 1 - smoothing + off, off).float()
+    return fma(own, lam[:, None], own[partner] * (1 - lam[:, None]))

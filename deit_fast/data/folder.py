@@ -191,11 +191,11 @@ def _fit(image: Image.Image, size: int) -> Image.Image:
     """The image itself if it is size x size, else its centre after scaling the shorter side."""
     if image.size == (size, size):
         return image
-    shorter = round(size / 0.875) if size >= 64 else size
+    shorter = int(size / 0.875) if size >= 64 else size
     scale = shorter / min(image.size)
-    width, height = (max(shorter, round(side * scale)) for side in image.size)
+    width, height = (shorter if side == min(image.size) else int(side * scale) for side in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
+    left, top = round((width - size) / 2), round((height - size) / 2)  # roundings as in torchvision's CenterCrop
     return image.crop((left, top, left + size, top + size))
 
 

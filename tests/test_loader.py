@@ -147,6 +147,16 @@ def test_copies_are_augmented_each_in_its_own_way():
     assert sum(not torch.equal(images[i], images[i + 1]) for i in range(0, 48, 3)) >= 8
 
 
+def test_every_position_has_draws_of_its_own():
+    equal = Split(make_split(1, 16).images.repeat(24, 1, 1, 1), torch.zeros(24, dtype=torch.int64))
+    for workers in (0, 2):  # two workers with one seed would repeat each other's batches
+        loader = make_loader(Recipe(), equal, auto_augment="ta_wide", workers=workers)
+        images = torch.cat([images for images, _ in loader.epoch(0)])
+        assert len(images.unique(dim=0)) >= 20
+        again = torch.cat([images for images, _ in loader.epoch(1)])
+        assert sum(not torch.equal(a, b) for a, b in zip(images, again)) >= 18
+
+
 def test_copies_rarely_mix_with_each_other():
     loader = TrainLoader(numbered_split(960), Recipe(mixup=0.8), MEAN, STD, 960, 64, repeats=3)
     plan = loader.plan(0)

@@ -1,0 +1,6 @@
+"""Images on the device as uint8, and everything between a file and an augmented batch.
+
+`archive` reads a directory or archive safely, `folder` decodes it once into a cached array, `datasets` makes train,
+validation and test splits of it, `augmentation` draws what happens to each image, and `loader` applies that, batch by
+batch. Nothing is imported here, so that `import deit_fast` stays cheap.
+"""

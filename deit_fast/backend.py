@@ -58,7 +58,7 @@ class Op:
         if backend == "reference":
             return None
         if backend not in self.offers:
-            return f"{self.name} has no {backend} kernel"
+            return f"there is no {backend} kernel for this op"
         return self.offers[backend].machine()
 
     def why_not(self, backend: str, *call: object) -> str | None:

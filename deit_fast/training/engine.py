@@ -26,7 +26,7 @@ from deit_fast.errors import CheckpointError, TrainingError
 from deit_fast.training import checkpoint, report
 from deit_fast.training.config import OptimConfig, RunConfig
 from deit_fast.training.metrics import Evaluation
-from deit_fast.training.optim import ModelEma, Schedule, create_optimizer
+from deit_fast.training.optim import ModelEma, Schedule, create_optimizer, load_optimizer
 from deit_fast.training.progress import Log, Progress
 
 
@@ -184,13 +184,14 @@ class Trainer:
     def measure(self, model: nn.Module, split: str) -> Evaluation:
         """The Evaluation of a model on one split."""
         evaluation = Evaluation(self.job.num_classes, self.device)
+        training = model.training
         model.eval()
         with self._autocast():
             for images, labels in self.job.splits[split]:
                 if self._signal is not None:
                     self._stop()
                 evaluation.update(model(images), labels)
-        model.train()
+        model.train(training)
         return evaluation
 
     def _keep_best(self, row: dict) -> None:
@@ -237,7 +238,7 @@ class Trainer:
         self.job.model.load_state_dict(state["model"])
         if self.job.ema is not None:
             self.job.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
         self.loss_sum.fill_(state["loss_sum"])

@@ -73,6 +73,7 @@ def test_equals_scikit_learn(kind, classes, samples):
     assert tuple(got) == METRICS and all(type(value) is float for value in got.values())
     for name in METRICS:
         assert got[name] == pytest.approx(want[name], abs=2e-6), name
+    assert got["top1"] == want["top1"] and got["top5"] == want["top5"]  # fractions of whole numbers, to the last bit
 
 
 @pytest.mark.parametrize("kind", ["balanced", "unbalanced"])

@@ -39,7 +39,9 @@ _SCALARS = (str, int, float, bool, type(None))
 _FOREIGN = (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError)
 
 # What zipfile raises for damaged headers, found by flipping every byte of a checkpoint.
-_DAMAGED = (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, OSError, ValueError, struct.error, zlib.error)
+_DAMAGED = (
+    zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, OSError, ValueError, struct.error, zlib.error,
+)
 
 
 def save(path: str | os.PathLike[str], state: dict) -> None:

@@ -3,7 +3,7 @@
 For class c with true positives TP, false positives FP and false negatives FN (of the arg-max prediction)
     precision = TP / (TP + FP)    recall = TP / (TP + FN)    F1 = 2 TP / (2 TP + FP + FN),
 averaged over classes with equal weight (macro). Micro averages of the three equal top-1, so they would say nothing.
-AUC is one-vs-rest: P(softmax_c of a sample of class c > softmax_c of another sample), ties one half, macro over c, exact.
+AUC is one-vs-rest, exact, macro over c: P(softmax_c of a sample of class c > softmax_c of another), ties one half.
 Averaging the AUC of batches is wrong, so an exact AUC must keep every score; that memory (N x K fp32, 4 MB for
 CIFAR-100's test set) is the price, and since it is paid, everything else is computed from the same scores at the end.
 
@@ -124,8 +124,9 @@ class Evaluation:
         defined = [value for value in auc if value is not None]
         results = {
             "loss": float(loss) / samples,
-            "top1": float(metrics["top1"].compute()),
-            "top5": float(metrics["top5"].compute()),
+            # torchmetrics divides in fp32 and would report 0.10000000149; the counts are whole numbers.
+            "top1": round(float(metrics["top1"].compute()) * samples) / samples,
+            "top5": round(float(metrics["top5"].compute()) * samples) / samples,
             "auc": sum(defined) / len(defined) if defined else float("nan"),
             **{name: float(values[counted].double().mean()) for name, values in per_class.items()},
         }

@@ -149,12 +149,12 @@ class Schedule:
             done = (step - warmup) / max(1, self.total_steps - 1 - warmup)
             return cfg.min_lr + (base - cfg.min_lr) * (1 + math.cos(math.pi * done)) / 2
         if cfg.sched == "step":
-            # The small term: 30.0 epochs of 390 steps must not become 29.999999999.
+            # The small term: 1.1 * 390 is 429.00000000000006 in binary.
             return base * cfg.decay_rate ** math.floor(step / (cfg.decay_epochs * self.steps_per_epoch) + 1e-9)
         return base
 
     def set(self, optimizer: torch.optim.Optimizer, step: int) -> float:
-        """Sets the LR of `step` in every group, in place where it is a tensor (a CUDA graph reads it), and returns it."""
+        """Returns the LR of `step` after setting it in every group, in place where it is a tensor (for CUDA graphs)."""
         value = self.lr(step)
         for group in optimizer.param_groups:
             if isinstance(group["lr"], Tensor):

@@ -87,6 +87,18 @@ def test_the_number_of_workers_changes_nothing(name):
     assert same(make_loader(auto_augment=name, workers=2).epoch(2), reference)
 
 
+def test_policies_run_on_one_thread_and_give_the_others_back(monkeypatch):
+    threads = []
+    monkeypatch.setattr(auto_augment.Policy, "__call__", lambda self, x: threads.append(torch.get_num_threads()) or x)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        list(make_loader(auto_augment="ra").epoch(0))
+        assert set(threads) == {1} and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def numbered_split(count):
     """Image i has red value i % 256 and green value i // 256 everywhere."""
     rows = torch.arange(count)

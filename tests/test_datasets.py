@@ -132,6 +132,11 @@ def test_other_input_sizes_are_scaled():
     assert (shrunk - reference).abs().mean() < 6
 
 
+def test_a_size_that_cannot_fit_is_refused():
+    with pytest.raises(DataError, match="GiB.*--input-size.*32 pixels"):
+        load_dataset("digits", input_size=1_000_000, log=quiet)
+
+
 def test_unknown_data_set():
     with pytest.raises(DataError, match="'imagnet'.*auto, cifar10"):
         load_dataset("imagnet", log=quiet)

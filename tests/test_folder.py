@@ -222,7 +222,7 @@ def test_small_jpegs_are_warned_of(tmp_path, format, size, warns):
 
 
 def test_a_set_that_cannot_fit_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(folder, "_physical_memory", lambda: 50_000)
+    monkeypatch.setattr(folder, "physical_memory", lambda: 50_000)
     fails(write_directory(tmp_path / "set", make_files()), "do not fit", "--input-size")
 
 

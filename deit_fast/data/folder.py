@@ -101,7 +101,7 @@ def decode_folder(path: Path, input_size: int) -> FolderArrays:
     others: set[str] = set()
     bad, ignored = {}, []
     small_jpegs = total_bytes = 0
-    memory = _physical_memory()
+    memory = physical_memory()
 
     def wanted(name: str) -> bool:
         parts = name.split("/")
@@ -241,7 +241,7 @@ def _few(names) -> str:
     return ", ".join(map(str, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _physical_memory() -> int:
+def physical_memory() -> int:
     """Bytes of this machine's memory: all of it, since what counts as free leaves out the file cache."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 

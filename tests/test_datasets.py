@@ -117,8 +117,8 @@ def test_fingerprint_sees_every_part():
     pixel.images[3, 2, 1, 1] = 1
     label = Split(train.images, train.labels.flip(0))
     for classes, *splits in (
-        ("abce", train, None, test), ("abcd", pixel, None, test), ("abcd", label, None, test), ("abcd", train, None, pixel),
-        ("abcd", train, train, test), ("abcd", train, test.subset(torch.arange(0)), test),
+        ("abce", train, None, test), ("abcd", pixel, None, test), ("abcd", label, None, test),
+        ("abcd", train, None, pixel), ("abcd", train, train, test), ("abcd", train, test.subset(torch.arange(0)), test),
     ):  # fmt: skip
         seen.add(datasets._fingerprint(tuple(classes), *splits))
     assert len(seen) == 7
@@ -130,6 +130,11 @@ def test_other_input_sizes_are_scaled():
     reference = load_dataset("digits", log=quiet).train.images[:8].float()
     shrunk = torch.nn.functional.interpolate(data.train.images[:8].float(), size=(32, 32), mode="area")
     assert (shrunk - reference).abs().mean() < 6
+
+
+def test_a_size_that_cannot_fit_is_refused():
+    with pytest.raises(DataError, match="GiB.*--input-size.*32 pixels"):
+        load_dataset("digits", input_size=1_000_000, log=quiet)
 
 
 def test_unknown_data_set():

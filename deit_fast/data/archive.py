@@ -55,8 +55,8 @@ def source_key(path: Path) -> str:
     digest = hashlib.sha256(str(path.resolve()).encode())
     files = _walk(path) if path.is_dir() else [(path.name, path)]
     for name, file in files:
-        status = file.stat()
-        if not stat.S_ISDIR(status.st_mode):
+        if file.is_file():
+            status = file.stat()
             digest.update(f"\0{name}\0{status.st_size}\0{status.st_mtime_ns}".encode())
     return digest.hexdigest()
 
@@ -81,10 +81,16 @@ def _read_directory(root: Path, wanted: Callable[[str], bool]) -> Iterator[Entry
     for name, path in _walk(root):
         if not wanted(name):
             continue
+        if path.is_dir():
+            yield name, None
+            continue
+        if not path.is_file():  # a pipe would block for ever
+            raise DataError(f"{path}: a broken link, or no ordinary file. Remove it.")
         try:
-            yield name, None if path.is_dir() else path.read_bytes()
+            content = path.read_bytes()
         except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror}). Remove the file or make it readable.") from error
+            raise DataError(f"{path}: cannot be read ({error.strerror}). Remove it or make it readable.") from error
+        yield name, content
 
 
 def _safe_name(path: Path, name: str) -> str:

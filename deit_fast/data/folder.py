@@ -39,9 +39,11 @@ from deit_fast.errors import DataError
 
 CACHE_FORMAT = 1  # raise it when decoding changes, so that older caches are not taken for current ones
 SPLITS = ("train", "test")
+VALIDATION = ("val", "valid", "validation")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 LAYOUT = "Expected train/<class>/<image> and test/<class>/<image>, at the top or below one folder."
 THREADED_BYTES = 8192  # mean file size from which a thread pool pays
+MOST_ASPECT = 64  # scaling the shorter side of a line of pixels would need gigabytes
 BATCH_FILES, BATCH_BYTES = 512, 64 << 20
 # what Pillow raises for damaged files, by format
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, TypeError, IndexError, EOFError, OverflowError, struct.error,
@@ -58,6 +60,7 @@ class FolderArrays:
     bad: tuple[str, ...]  # "name (why)" of every file that could not be decoded
     ignored: tuple[str, ...]  # files in class folders that are no images by their suffix
     small_jpegs: int  # JPEG files of at most 32 pixels
+    own_validation: bool  # a third split was there and was not read
 
 
 def load_folder(path: Path, input_size: int, skip_bad_images: bool, log: Callable[[str], None]) -> FolderArrays:
@@ -95,13 +98,18 @@ def decode_folder(path: Path, input_size: int) -> FolderArrays:
     folders: set[tuple[str, str]] = set()
     tops: set[str] = set()
     seen: set[str] = set()
+    others: set[str] = set()
     bad, ignored = {}, []
     small_jpegs = total_bytes = 0
-    memory = _physical_memory()
+    memory = physical_memory()
 
     def wanted(name: str) -> bool:
-        seen.add(name.split("/")[0])
-        return len(_place(name)) > 2
+        parts = name.split("/")
+        seen.add(parts[0])
+        place = _place(name)
+        if not place and any(part in VALIDATION for part in parts[:2]):
+            others.add(name)
+        return len(place) > 2
 
     def image_files() -> Iterator[tuple[str, bytes]]:
         for name, content in read_entries(path, wanted):
@@ -144,7 +152,8 @@ def decode_folder(path: Path, input_size: int) -> FolderArrays:
             split_images[split][row] = images.pop(place)  # frees the piece as the array fills
         split_labels[split] = np.array([labels[place[1]] for place in members], np.int64)
     problems = tuple(f"{name} ({why})" for name, why in sorted(bad.items()))
-    return FolderArrays(classes, split_images, split_labels, problems, tuple(sorted(ignored)), small_jpegs)
+    left_out = tuple(sorted(ignored))
+    return FolderArrays(classes, split_images, split_labels, problems, left_out, small_jpegs, bool(others))
 
 
 def _place(name: str) -> tuple[str, ...]:
@@ -176,6 +185,8 @@ def _decode(job: tuple[str, bytes, int]) -> tuple[np.ndarray | None, str]:
     try:
         with Image.open(io.BytesIO(content)) as image:
             small_jpeg = image.format == "JPEG" and max(image.size) <= 32
+            if max(image.size) > MOST_ASPECT * min(image.size):
+                return None, f"{image.size[0]} x {image.size[1]} pixels are a line, not a picture"
             image.load()
             if image.mode.startswith("I;16"):  # Pillow's own conversion clips 16 bits at 255
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -219,7 +230,8 @@ def _check_layout(path, tops, seen, folders, images, bad) -> tuple[str, ...]:
     empty = sorted(f"{split}/{name}" for split, name in folders if (split, name) not in filled)
     if empty:
         broken = f" ({len(bad)} files could not be decoded: {_few(sorted(bad))})" if bad else ""
-        raise DataError(f"{path}: no images in {_few(empty)}{broken}. Add images, or remove the class from both splits.")
+        remedy = "Add images, or remove the class from both splits."
+        raise DataError(f"{path}: no images in {_few(empty)}{broken}. {remedy}")
     return tuple(sorted(names["train"]))
 
 
@@ -229,7 +241,7 @@ def _few(names) -> str:
     return ", ".join(map(str, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _physical_memory() -> int:
+def physical_memory() -> int:
     """Bytes of this machine's memory: all of it, since what counts as free leaves out the file cache."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
@@ -247,9 +259,9 @@ def _read_cache(path: Path, log: Callable[[str], None]) -> FolderArrays | None:
             meta = json.loads(str(stored["meta"]))
             images = {split: stored[f"{split}_images"] for split in SPLITS}
             labels = {split: stored[f"{split}_labels"] for split in SPLITS}
-        return FolderArrays(
-            tuple(meta["classes"]), images, labels, tuple(meta["bad"]), tuple(meta["ignored"]), meta["small_jpegs"]
-        )
+        lists = {name: tuple(meta[name]) for name in ("classes", "bad", "ignored")}
+        counts = {name: meta[name] for name in ("small_jpegs", "own_validation")}
+        return FolderArrays(images=images, labels=labels, **lists, **counts)
     except (zipfile.BadZipFile, OSError, ValueError, KeyError, EOFError, NotImplementedError, RuntimeError) as error:
         log(f"the decoded copy {path} is damaged ({error}); decoding again")
         return None
@@ -257,7 +269,7 @@ def _read_cache(path: Path, log: Callable[[str], None]) -> FolderArrays | None:
 
 def _write_cache(path: Path, arrays: FolderArrays, log: Callable[[str], None]) -> None:
     """Writes the cache file whole or not at all; a full or read-only disk costs the next run time, nothing else."""
-    meta = {name: getattr(arrays, name) for name in ("classes", "bad", "ignored", "small_jpegs")}
+    meta = {name: getattr(arrays, name) for name in ("classes", "bad", "ignored", "small_jpegs", "own_validation")}
     stored = {f"{split}_images": arrays.images[split] for split in SPLITS}
     stored |= {f"{split}_labels": arrays.labels[split] for split in SPLITS}
     temporary = None

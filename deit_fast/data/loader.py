@@ -1,9 +1,9 @@
 """Batches on the device: a resident uint8 split, an epoch's plan drawn once, one augmentation op per batch.
 
-A small data set (CIFAR-10 is 184 MB) lives on the device as uint8. For each epoch a permutation and a plan of all random
-decisions are drawn, both pure functions of (data seed, epoch, position); a batch is a slice of the plan, applied by
-`ops.augment`. So there is no state to save: a run that stopped after step k continues with `epoch(e, start=k)`, and gets
-what it would have got, bit for bit, whatever was prefetched when it stopped.
+A small data set (CIFAR-10 is 184 MB) lives on the device as uint8. For each epoch a permutation and a plan of all
+random decisions are drawn, both pure functions of (data seed, epoch, position); a batch is a slice of the plan, applied
+by `ops.augment`. So there is no state to save: a run that stopped after step k continues with `epoch(e, start=k)` and
+gets what it would have got, bit for bit, whatever was prefetched when it stopped.
 
 RandAugment and TrivialAugment (`auto_augment`) have no kernel here. With them, DataLoader workers crop, flip and run
 torchvision's policy on uint8, and the op does the rest; see data/auto_augment.py. Workers are used for nothing else.
@@ -72,8 +72,8 @@ class TrainLoader:
             return f"{M:,} uint8 images ({megabytes:,.0f} MB) resident on {self.device}, augmented there, no workers"
         where = f"{self.workers} worker processes" if self.workers else "the main process"
         return (
-            f"{M:,} uint8 images ({megabytes:,.0f} MB) in host memory; crop, flip and torchvision's {self.policy.name} in "
-            f"{where}, the rest on {self.device}"
+            f"{M:,} uint8 images ({megabytes:,.0f} MB) in host memory; crop, flip and torchvision's {self.policy.name} "
+            f"in {where}, the rest on {self.device}"
         )
 
     def plan(self, epoch: int, device: torch.device | str | None = None) -> Plan:
@@ -127,9 +127,9 @@ class EvalLoader:
     Normalised by the same op as training. size: the centre of that height and width, default the whole image.
     """
 
-    def __init__(self, split: Split, mean: tuple[float, ...], std: tuple[float, ...], num_classes: int, batch_size: int, *,
-                 device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, channels_last: bool = False,
-                 size: int | None = None, backend: str | None = None) -> None:
+    def __init__(self, split: Split, mean: tuple[float, ...], std: tuple[float, ...], num_classes: int,
+                 batch_size: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
+                 channels_last: bool = False, size: int | None = None, backend: str | None = None) -> None:
         _check(split, batch_size, num_classes)
         self.batch_size = batch_size
         self.device = torch.device(device)

@@ -24,7 +24,8 @@ class Split:
     def __post_init__(self) -> None:
         if self.images.dtype != torch.uint8 or self.images.ndim != 4 or self.images.shape[1] != 3:
             raise ValueError(
-                f"Split: images must be uint8 of shape (M, 3, H, W), got {self.images.dtype} {tuple(self.images.shape)}."
+                f"Split: images must be uint8 of shape (M, 3, H, W), got {self.images.dtype} "
+                f"{tuple(self.images.shape)}."
             )
         if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
             raise ValueError(

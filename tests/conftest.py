@@ -1,7 +1,6 @@
 """Settings of the whole test run, and the header that shows what ran where.
 
 Inductor's on-disk cache is off: after a fake implementation is mended it still serves code made for the old one (torch 2.14).
-`DEIT_FAST_REQUIRE=cuda,triton` turns the skips of those backends into failures.
 """
 
 from __future__ import annotations
@@ -16,8 +15,6 @@ import torch  # noqa: E402
 import deit_fast  # noqa: E402
 from deit_fast.kernels import cpu  # noqa: E402
 
-REQUIRED = set(filter(None, os.environ.get("DEIT_FAST_REQUIRE", "").split(",")))
-
 
 def pytest_report_header() -> list[str]:
     lines = [f"torch {torch.__version__}, {torch.get_num_threads()} threads, CPU kernels: {cpu.isa or cpu.why_not()}, "
@@ -25,13 +22,6 @@ def pytest_report_header() -> list[str]:
     for op, row in deit_fast.backends().items():
         lines.append(f"  {op}: {', '.join(name for name, reason in row.items() if reason is None)}")
     return lines
-
-
-def skip_or_fail(backend: str, reason: str) -> None:
-    """Skips the test with the reason, or fails it where the backend is required."""
-    if backend in REQUIRED:
-        pytest.fail(f"{backend} is required (DEIT_FAST_REQUIRE): {reason}")
-    pytest.skip(reason)
 
 
 @pytest.fixture(autouse=True)

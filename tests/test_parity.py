@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cases import CASES, VARIANTS, Case, Variant
-from conftest import skip_or_fail
 from deit_fast import backend as selection
 from deit_fast import ops, reference
+from needs import skip_or_fail
 from oracle import assert_within_budget
 
 FP32 = VARIANTS[0]

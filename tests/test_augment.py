@@ -182,14 +182,13 @@ def test_instruction_sets_agree(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # ---- compiled and registered ----
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_compiles_without_a_break(backend: str) -> None:
-    if OP.why_not_here(backend):
-        skip_or_fail(backend, OP.why_not_here(backend))
+def test_compiles_without_a_break() -> None:
+    if cpu.why_not():
+        skip_or_fail("cpu", cpu.why_not())
     images, labels, plan = batch(16, (32, 32), (32, 32), "chw", 1)
 
     def step(images, labels, plan):
-        x, t = ops.augment(images, labels, plan, MEAN, STD, 10, smoothing=0.1, backend=backend)
+        x, t = ops.augment(images, labels, plan, MEAN, STD, 10, smoothing=0.1, backend="cpu")
         return x * 2, t
 
     compiled = torch.compile(step, fullgraph=True)

@@ -57,7 +57,9 @@ AUGMENT_FN bool has_area(const int32_t* box) { return box[2] > 0 && box[3] > 0; 
 
 // ---- color ----
 
-AUGMENT_FN int32_t gray(int32_t r, int32_t g, int32_t b) { return (19589 * r + 38470 * g + 7471 * b) >> 16; }
+// floor(0.2989 r + 0.587 g + 0.114 b), exactly: the weights are rounded up to 1/2^22, which adds less than the 1/10000
+// between two sums.
+AUGMENT_FN int32_t gray(int32_t r, int32_t g, int32_t b) { return (1253678 * r + 2462057 * g + 478151 * b) >> 22; }
 
 // clamp((x F + base) >> 16): brightness with base 0, contrast and saturation with the bases below.
 AUGMENT_FN uint8_t blend(int32_t x, int32_t factor, int32_t base) {

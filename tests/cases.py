@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from augment_plans import MEAN, STD, random_images, random_plan
+
 Inputs = dict[str, Any]
 
 
@@ -229,4 +231,26 @@ DISTILLATION_LOSS = [
     )
 ]
 
-CASES = [*LAYERNORM_LINEAR, *ATTENTION, *LINEAR_RESIDUAL, *LAYERNORM_MLP, *DISTILLATION_LOSS]
+
+def _augment(m: Maker, B: int, source: tuple[int, int], size: tuple[int, int], remode: str = "const", channels_last: bool = False,
+             layout: str = "chw") -> Inputs:
+    """Its values are tested to the last bit in test_augment.py; here it is compiled, opchecked and replayed like the rest."""
+    plan = random_plan(B, B + 3, source, size, remode=remode, seed=B)
+    return {"images": random_images(B + 3, *source, layout).to(m.device), "labels": (torch.arange(B + 3) % 10).to(m.device),
+            "plan": plan.to(m.device), "mean": MEAN, "std": STD, "num_classes": 10, "size": size, "smoothing": 0.1,
+            "dtype": m.variant.parameter, "channels_last": channels_last}
+
+
+AUGMENT = [
+    Case("augment", name, make, **flags)
+    for name, make, flags in (
+        ("1of1x1", lambda m: _augment(m, 1, (1, 1), (1, 1)), {}),
+        ("7of33x17", lambda m: _augment(m, 7, (33, 17), (33, 17), channels_last=True), {}),
+        ("64of32x32", lambda m: _augment(m, 64, (32, 32), (32, 32)), {"compiled": True}),
+        ("9of28x40to31x24", lambda m: _augment(m, 9, (28, 40), (31, 24), layout="hwc"), {}),
+        ("2of224x224", lambda m: _augment(m, 2, (224, 224), (224, 224)), {}),
+        ("empty", lambda m: _augment(m, 0, (32, 32), (32, 32)), {}),
+    )
+]
+
+CASES = [*LAYERNORM_LINEAR, *ATTENTION, *LINEAR_RESIDUAL, *LAYERNORM_MLP, *DISTILLATION_LOSS, *AUGMENT]

@@ -120,13 +120,20 @@ void jitter_tile(const Args& a, int64_t i, uint8_t* tile) {
 // ---- strips of floats (3, n) ----
 
 void erase_row(const Args& a, int64_t i, float* red, float* green, float* blue, int32_t y, int32_t x, int32_t w) {
+    constexpr int kLanes = 16;  // boxes are narrow: rounding up to whole vectors beats a scalar rest
     const uint64_t key = uint64_t(a.noise_key[i]);
-    const uint32_t low = uint32_t(key), high = uint32_t(key >> 32), first = uint32_t(y) * uint32_t(a.width) + uint32_t(x);
-    if (a.pixel_noise) {
+    const uint32_t low = uint32_t(key), high = uint32_t(key >> 32);
+    for (int32_t from = 0; from < w; from += kLanes) {
+        const int32_t n = std::min(w - from, int32_t(kLanes));
+        const uint32_t first = uint32_t(y) * uint32_t(a.width) + uint32_t(x + from);
+        float z[3][kLanes] = {};
+        if (a.pixel_noise) {
 #pragma omp simd
-        for (int32_t k = 0; k < w; ++k) noise(first + uint32_t(k), low, high, red[k], green[k], blue[k]);
-    } else {
-        for (int32_t k = 0; k < w; ++k) red[k] = green[k] = blue[k] = 0.0f;
+            for (int k = 0; k < kLanes; ++k) noise(first + uint32_t(k), low, high, z[0][k], z[1][k], z[2][k]);
+        }
+        memcpy(red + from, z[0], n * sizeof(float));
+        memcpy(green + from, z[1], n * sizeof(float));
+        memcpy(blue + from, z[2], n * sizeof(float));
     }
 }
 

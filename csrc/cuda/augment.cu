@@ -145,12 +145,13 @@ __global__ void __launch_bounds__(THREADS) augment_fwd_kernel(const Args a) {
     T* out = static_cast<T*>(a.out) + 3 * i * area;
     for (int64_t p = threadIdx.x; p < area; p += THREADS) {
         const int32_t y = int32_t(p / a.width), x = int32_t(p % a.width);
+        const bool inside = cuts && in_box(cut, y, x);
         float value[3];
-        pixel(a, cuts && in_box(cut, y, x) ? other : own, y, x, value);
-        if (mixes) {
+        if (!inside) pixel(a, own, y, x, value);
+        if (inside || mixes) {
             float partner[3];
             pixel(a, other, y, x, partner);
-            for (int c = 0; c < 3; ++c) value[c] = mix(value[c], partner[c], lam);
+            for (int c = 0; c < 3; ++c) value[c] = inside ? partner[c] : mix(value[c], partner[c], lam);
         }
         for (int c = 0; c < 3; ++c) out[a.channels_last ? 3 * p + c : c * area + p] = Output<DTYPE>::from(value[c]);
     }

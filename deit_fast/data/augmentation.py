@@ -146,7 +146,7 @@ def _erasing(recipe: Recipe, draw: _Draw, position: Tensor, size: tuple[int, int
     best, chosen = (((h < H) & (w < W)) * rank).max(dim=-1, keepdim=True)  # ranks differ: the first that fits wins
     h, w = h.gather(-1, chosen)[..., 0], w.gather(-1, chosen)[..., 0]  # (N, R)
     y, x, _, _ = draw(position[:, None], BOX, boxes)
-    used = _happens(gate, recipe.reprob)[:, None] & (boxes < count[:, None]) & (best[..., 0] > 0)
+    used = _happens(gate, recipe.reprob)[:, None] & (boxes < count[:, None]) & (best[..., 0] > 0) & (h * w > 0)
     box = torch.stack([_below(y, H - h + 1), _below(x, W - w + 1), h, w], dim=-1)
     return {"erase": (box * used[..., None]).int(), "noise_key": key_high << 32 | key_low}
 

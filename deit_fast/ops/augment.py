@@ -20,7 +20,6 @@ from deit_fast.backend import Op
 from deit_fast.reference.augment import output_size, source_size
 
 from .augment_values import check_values
-from .checks import check
 from .registration import launchers, register
 
 if TYPE_CHECKING:
@@ -29,11 +28,11 @@ if TYPE_CHECKING:
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_SIDE = 1 << 15  # coordinates, box sides and pixel numbers stay well inside an int32
 
-# The plan's tensors in Plan's order: name, dtype, shape after (B,); -1 is any size.
+# The plan's tensors but for erase, (B, recount, 4) int32: name, dtype, shape after (B,).
 COLUMNS = (
     ("index", torch.int64, ()), ("crop", torch.int32, (2,)), ("flip", torch.bool, ()), ("jitter_order", torch.uint8, (3,)),
-    ("jitter", torch.int32, (3,)), ("erase", torch.int32, (-1, 4)), ("noise_key", torch.int64, ()),
-    ("partner", torch.int64, ()), ("lam", torch.float32, ()), ("cut", torch.int32, (4,)),
+    ("jitter", torch.int32, (3,)), ("noise_key", torch.int64, ()), ("partner", torch.int64, ()),
+    ("lam", torch.float32, ()), ("cut", torch.int32, (4,)),
 )
 
 _CHECK = os.environ.get("DEIT_FAST_CHECK") == "1"  # check values on GPUs too, at the price of a synchronisation
@@ -68,8 +67,8 @@ def augment(images: Tensor, labels: Tensor, plan: Plan, mean: Sequence[float], s
     """
     _check(images, labels, plan, mean, std, num_classes, smoothing, dtype)
     height, width = output_size(images, size)
-    check(0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE, OP.name,
-          f"size must be 1 to {MAX_SIDE} pixels a side, got {height}x{width}")
+    if not 0 < min(height, width) <= max(height, width) <= MAX_SIDE:
+        _refuse(f"size must be 1 to {MAX_SIDE} pixels a side, got {height}x{width}")
     tensors = [plan.index, plan.crop, plan.flip, plan.jitter_order, plan.jitter, plan.erase, plan.noise_key, plan.partner,
                plan.lam, plan.cut]
     call = (images, labels, tensors, plan.remode, list(mean), list(std), num_classes, height, width, smoothing, dtype,
@@ -84,36 +83,50 @@ def augment(images: Tensor, labels: Tensor, plan: Plan, mean: Sequence[float], s
 
 def _check(images: Tensor, labels: Tensor, plan: Plan, mean: Sequence[float], std: Sequence[float], num_classes: int,
            smoothing: float, dtype: torch.dtype) -> None:
-    name = OP.name
     if not isinstance(images, Tensor) or images.dtype != torch.uint8:
-        raise TypeError(f"{name}: images must be a uint8 tensor, got {getattr(images, 'dtype', type(images).__name__)}.")
-    check(images.dim() == 4 and (images.shape[1] == 3 or images.shape[3] == 3), name,
-          f"images must have shape (M, 3, H, W) or (M, H, W, 3), got {tuple(images.shape)}")
-    M = images.shape[0]
-    check(0 < min(source_size(images)) and max(source_size(images)) <= MAX_SIDE, name,
-          f"images must have 1 to {MAX_SIDE} pixels a side, got {tuple(images.shape)}")
-    _check_tensor("labels", labels, torch.int64, (M,), images)
-    B = plan.index.shape[0]
-    check(M > 0 or B == 0, name, f"there are no images for a plan of {B} rows")
+        raise TypeError(f"augment: images must be a uint8 tensor, got {getattr(images, 'dtype', type(images).__name__)}.")
+    shape = images.shape
+    if len(shape) != 4 or shape[1] != 3 and shape[3] != 3:
+        _refuse(f"images must have shape (M, 3, H, W) or (M, H, W, 3), got {tuple(shape)}")
+    source = source_size(images)
+    if not 0 < min(source) <= max(source) <= MAX_SIDE:
+        _refuse(f"images must have 1 to {MAX_SIDE} pixels a side, got {tuple(shape)}")
+    M, B, device = shape[0], plan.index.shape[0], images.device
+    if M == 0 and B > 0:
+        _refuse(f"there are no images for a plan of {B} rows")
+    _check_tensor("labels", labels, torch.int64, (M,), device)
     for column, column_dtype, rest in COLUMNS:
-        _check_tensor(f"plan.{column}", getattr(plan, column), column_dtype, (B, *rest), images)
-    check(plan.remode in ("pixel", "const"), name, f"plan.remode must be 'pixel' or 'const', got {plan.remode!r}")
-    for argument, values in (("mean", mean), ("std", std)):
-        check(len(values) == 3 and all(math.isfinite(v) for v in values), name,
-              f"{argument} must be 3 finite numbers, got {tuple(values)}")
-    check(min(std) > 0, name, f"std must be positive, got {tuple(std)}")
-    check(num_classes >= 1, name, f"num_classes must be 1 or more, got {num_classes}")
-    check(0.0 <= smoothing < 1.0, name, f"smoothing must be in [0, 1), got {smoothing}")
+        _check_tensor("plan." + column, getattr(plan, column), column_dtype, (B, *rest), device)
+    erase = plan.erase
+    if erase.dim() != 3 or erase.dtype != torch.int32:
+        raise TypeError(f"augment: plan.erase must be (B, recount, 4) int32, got {tuple(erase.shape)} {erase.dtype}.")
+    _check_tensor("plan.erase", erase, torch.int32, (B, erase.shape[1], 4), device)
+    if plan.remode not in ("pixel", "const"):
+        _refuse(f"plan.remode must be 'pixel' or 'const', got {plan.remode!r}")
+    if len(mean) != 3 or not all(map(math.isfinite, mean)):
+        _refuse(f"mean must be 3 finite numbers, got {tuple(mean)}")
+    if len(std) != 3 or not all(map(math.isfinite, std)) or min(std) <= 0:
+        _refuse(f"std must be 3 finite positive numbers, got {tuple(std)}")
+    if num_classes < 1:
+        _refuse(f"num_classes must be 1 or more, got {num_classes}")
+    if not 0.0 <= smoothing < 1.0:
+        _refuse(f"smoothing must be in [0, 1), got {smoothing}")
     if dtype not in DTYPES:
-        raise TypeError(f"{name}: dtype must be float32, bfloat16 or float16, got {dtype}.")
+        raise TypeError(f"augment: dtype must be float32, bfloat16 or float16, got {dtype}.")
 
 
-def _check_tensor(what: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], images: Tensor) -> None:
+def _check_tensor(what: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
     if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
-        raise TypeError(f"{OP.name}: {what} must be a tensor of {dtype}, got {getattr(tensor, 'dtype', type(tensor).__name__)}.")
-    fits = tensor.dim() == len(shape) and all(want in (-1, have) for have, want in zip(tensor.shape, shape))
-    check(fits, OP.name, f"{what} must have shape {shape}, got {tuple(tensor.shape)}")
-    check(tensor.device == images.device, OP.name, f"{what} must be on {images.device} like the images, got {tensor.device}")
+        raise TypeError(f"augment: {what} must be a tensor of {dtype}, got {getattr(tensor, 'dtype', type(tensor).__name__)}.")
+    if tensor.shape != shape:
+        _refuse(f"{what} must have shape {shape}, got {tuple(tensor.shape)}")
+    if tensor.device != device:
+        _refuse(f"{what} must be on {device} like the images, got {tensor.device}")
+
+
+def _refuse(message: str) -> None:
+    """Raises ValueError. The texts are made only when they are needed: formatting a shape costs more than checking it."""
+    raise ValueError(f"augment: {message}.")
 
 
 def _new_outputs(images: Tensor, B: int, num_classes: int, height: int, width: int, dtype: torch.dtype,

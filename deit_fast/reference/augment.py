@@ -3,7 +3,7 @@
 Integers until the image is normalised, so that backends agree to the last bit: a color operation is one blend
 clamp((x F + base) >> 16) of uint8 x with a 16.16 factor F, truncated to uint8 like torchvision's. base is 0 for brightness;
 g (1 - F) for saturation with the pixel's gray g; the same with the mean of all g for contrast. Gray is floor(0.2989 r +
-0.587 g + 0.114 b) with weights in 1/65536, taken of the image as it is then.
+0.587 g + 0.114 b), exactly, of the image as it is then.
 
 Floating point after that, in fp32 with these roundings and no others: normalising is one fma, c * scale + bias with scale =
 1 / (255 std) and bias = -mean / std rounded to fp32; mixing is fma(own, lam, p) with p = fl(partner * fl(1 - lam)); the cast
@@ -25,7 +25,8 @@ from .philox import philox4x32, split
 if TYPE_CHECKING:
     from deit_fast.data.plan import Plan
 
-GRAY = (19589, 38470, 7471)  # 0.2989, 0.587, 0.114 times 65536, torchvision's weights
+# torchvision's gray weights 0.2989, 0.587, 0.114, rounded up to 1/2^22: that adds less than 1/10000, so the floor of the sum is exact
+GRAY = (1253678, 2462057, 478151)
 ONE = 1 << 16  # 1.0 in 16.16
 
 
@@ -92,7 +93,7 @@ def jitter(x: Tensor, order: Tensor, factors: Tensor) -> Tensor:
     for kind in order.long().unbind(1):  # (B,)
         factor = factors.gather(1, kind[:, None])[:, :, None, None]  # (B, 1, 1, 1)
         kind = kind[:, None, None, None]
-        gray = (x[..., 0:1] * GRAY[0] + x[..., 1:2] * GRAY[1] + x[..., 2:3] * GRAY[2]) >> 16  # (B, H, W, 1)
+        gray = (x[..., 0:1] * GRAY[0] + x[..., 1:2] * GRAY[1] + x[..., 2:3] * GRAY[2]) >> 22  # (B, H, W, 1)
         mean = (gray.sum((1, 2, 3), keepdim=True, dtype=torch.int64) << 16) // area  # (B, 1, 1, 1), 16.16
         contrast = (mean * (ONE - factor) >> 16).int()
         base = torch.where(kind == 2, gray * (ONE - factor), torch.where(kind == 1, contrast, 0))

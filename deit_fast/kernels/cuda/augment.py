@@ -19,6 +19,7 @@ def forward(images: Tensor, labels: Tensor, plan: list[Tensor], *settings: objec
     """Fills out (B, 3, H', W') and targets (B, K); always True."""
     if out.shape[0]:  # a grid of no blocks is an error
         arguments, _kept = pack(images, labels, plan, *settings, out, targets)
-        stream = torch.cuda.current_stream(images.device)
-        module.augment_fwd(*arguments, stream.cuda_stream, images.device.index)
+        with torch.cuda.device(images.device):  # the extension sets the device too; leaving here restores torch's
+            stream = torch.cuda.current_stream().cuda_stream
+            module.augment_fwd(*arguments, stream, images.device.index)
     return True

@@ -1,0 +1,55 @@
+"""Random but valid plans for the tests of `augment`: every field anywhere in its range, not only where sampling puts it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deit_fast.data.augmentation import Plan
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+
+
+def random_images(M: int, H: int, W: int, layout: str = "chw", seed: int = 0) -> Tensor:
+    """(M, 3, H, W) or (M, H, W, 3) uint8, smooth in half of the images and noise in the rest."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(256, (M, 3, H, W), dtype=torch.uint8, generator=generator)
+    ramp = torch.arange(H * W).view(H, W) % 256
+    images[::2] = ((images[::2, :, :1, :1] + ramp) % 256).to(torch.uint8)
+    return images if layout == "chw" else images.permute(0, 2, 3, 1).contiguous()
+
+
+def boxes(generator: torch.Generator, shape: tuple[int, ...], H: int, W: int) -> Tensor:
+    """(*shape, 4) int32 boxes inside H x W; a third without area."""
+    y0, y1 = torch.randint(H + 1, (2, *shape), generator=generator).sort(0).values
+    x0, x1 = torch.randint(W + 1, (2, *shape), generator=generator).sort(0).values
+    keep = torch.randint(3, shape, generator=generator) > 0
+    return torch.stack([y0, x0, (y1 - y0) * keep, x1 - x0], dim=-1).int()
+
+
+def random_plan(B: int, M: int, source: tuple[int, int], size: tuple[int, int], recount: int = 2, remode: str = "const",
+                seed: int = 0) -> Plan:
+    """A plan of B rows over M images; partners are arbitrary, half of the rows do not jitter, lambdas reach 0 and 1."""
+    g = torch.Generator().manual_seed(seed)
+    factors = torch.randint(3 * 65536, (B, 3), generator=g)
+    factors[::5] = torch.randint((64 << 16) + 1, (len(factors[::5]), 3), generator=g)
+    factors[torch.rand(B, 3, generator=g) < 0.4] = 65536
+    lam = torch.rand(B, generator=g)
+    lam[torch.rand(B, generator=g) < 0.3] = 1.0
+    lam[torch.rand(B, generator=g) < 0.1] = 0.0
+    cut = boxes(g, (B,), *size)
+    cut[torch.rand(B, generator=g) < 0.4] = 0
+    partner = torch.randint(max(B, 1), (B,), generator=g)
+    if seed % 2:  # mutual partners, as sampling makes them
+        partner = torch.arange(B - 1, -1, -1)
+    jumps = torch.randint(7, (B, 2), generator=g) - 3
+    reach = torch.tensor([source[0] - size[0], source[1] - size[1]])
+    crop = jumps + (reach * torch.rand(B, 2, generator=g)).long()
+    low, high = -torch.tensor(size), torch.tensor(source)
+    far = torch.rand(B, 2, generator=g) < 0.1
+    crop = torch.where(far, torch.where(torch.rand(B, 2, generator=g) < 0.5, low, high), crop).clamp(low, high)
+    return Plan(
+        index=torch.randint(max(M, 1), (B,), generator=g), crop=crop.int(), flip=torch.rand(B, generator=g) < 0.5,
+        jitter_order=torch.rand(B, 3, generator=g).argsort(1).to(torch.uint8), jitter=factors.int(),
+        erase=boxes(g, (B, recount), *size), noise_key=torch.randint(-2**63, 2**63 - 1, (B,), generator=g),
+        partner=partner, lam=lam, cut=cut, remode=remode)

@@ -1,0 +1,230 @@
+"""The reference of `augment` against torchvision's functional ops and timm's and torchvision's mixing, and its statistics.
+
+Crop, flip, erasing and mixing equal the peers' with the same parameters; each color operation is within one uint8 level of
+torchvision's (ours is 16.16 fixed point, theirs fp32, both truncate).
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.v2.functional as TF
+from scipy import stats
+from torch import Tensor
+from torchvision.transforms import v2
+
+from augment_plans import MEAN, STD, boxes, random_images
+from deit_fast.data.augmentation import Plan, neutral_plan
+from deit_fast.reference.augment import augment, crop_flip, erase, jitter, noise
+
+ROOT = Path(__file__).resolve().parent.parent
+B, H, W = 12, 32, 28
+
+
+def plan_of(**changes) -> Plan:
+    return replace(neutral_plan(torch.arange(B)), **changes)
+
+
+def normalised(images: Tensor) -> Tensor:
+    return TF.normalize(TF.to_dtype(images, torch.float32, scale=True), MEAN, STD)
+
+
+# ---- torchvision ----
+
+def test_neutral_plan_normalises() -> None:
+    images = random_images(B, H, W)
+    for source in (images, images.permute(0, 2, 3, 1).contiguous()):
+        x, t = augment(source, torch.arange(B) % 5, plan_of(), MEAN, STD, 5)
+        torch.testing.assert_close(x, normalised(images), rtol=0, atol=1e-6)
+        assert torch.equal(t, torch.nn.functional.one_hot(torch.arange(B) % 5, 5).float())
+
+
+@pytest.mark.parametrize("size", [(32, 28), (20, 21), (40, 36)])
+def test_crop_and_flip(size: tuple[int, int]) -> None:
+    images, pad = random_images(B, H, W), 12
+    for seed in range(5):
+        crop = torch.stack([torch.randint(-pad, have + pad - want + 1, (B,), generator=torch.Generator().manual_seed(seed))
+                            for have, want in zip((H, W), size)], dim=1).int()
+        flip = torch.rand(B, generator=torch.Generator().manual_seed(seed)) < 0.5
+        ours = crop_flip(images, torch.arange(B), crop, flip, *size).permute(0, 3, 1, 2)
+        for row in range(B):
+            y, x = crop[row].tolist()
+            theirs = TF.crop(TF.pad(images[row], [pad] * 4), y + pad, x + pad, *size)
+            assert torch.equal(ours[row], TF.horizontal_flip(theirs) if flip[row] else theirs)
+
+
+ADJUST = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation)
+
+
+@pytest.mark.parametrize("kind", [0, 1, 2])
+def test_color_is_within_one_level(kind: int) -> None:
+    images = random_images(B, H, W)
+    every = torch.arange(256, dtype=torch.uint8)
+    images[0] = torch.stack([every, every.flip(0), every.roll(77)]).repeat(1, 4)[:, :H * W].view(3, H, W)
+    worst = 0
+    for factor in (0.0, 0.37, 0.6, 0.999, 1.0, 1.001, 1.4, 2.0, 7.3, 63.0):
+        factors = torch.full((B, 3), 65536)
+        factors[:, kind] = round(factor * 65536)
+        ours = jitter(images.permute(0, 2, 3, 1), torch.tensor([[0, 1, 2]] * B, dtype=torch.uint8), factors.int())
+        theirs = ADJUST[kind](images, factor).permute(0, 2, 3, 1)
+        worst = max(worst, (ours.int() - theirs.int()).abs().max().item())
+    assert worst <= 1
+
+
+def test_color_order() -> None:
+    """The plan's order is followed: each order is near torchvision's same order, and orders differ."""
+    images, factors = random_images(B, H, W), (1.9, 0.4, 2.2)
+    fixed = torch.tensor([[round(65536 * f) for f in factors]] * B, dtype=torch.int32)
+    results = []
+    for order in ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)):
+        theirs = images
+        for kind in order:
+            theirs = ADJUST[kind](theirs, factors[kind])
+        ours = jitter(images.permute(0, 2, 3, 1), torch.tensor([order] * B, dtype=torch.uint8), fixed).permute(0, 3, 1, 2)
+        assert (ours.int() - theirs.int()).abs().max() <= 6  # a level, times the factors that follow
+        assert (ours.int() - theirs.int()).abs().float().mean() < 0.5
+        results.append(ours)
+    assert all(not torch.equal(a, b) for i, a in enumerate(results) for b in results[:i])
+
+
+def test_erasing() -> None:
+    x = torch.randn(B, H, W, 3)
+    box = boxes(torch.Generator().manual_seed(1), (B, 1), H, W)
+    ours = erase(x, box, torch.zeros(B, dtype=torch.int64), "const").permute(0, 3, 1, 2)
+    for row in range(B):
+        y, left, h, w = box[row, 0].tolist()
+        assert torch.equal(ours[row], TF.erase(x[row].permute(2, 0, 1), y, left, h, w, torch.zeros(1)))
+
+
+# ---- noise: point 19 ----
+
+def test_noise_is_normal() -> None:
+    z = noise(torch.tensor([1, 2, -3, 2**40, 2**63 - 1]), 80, 100)  # (5, 80, 100, 3)
+    for channel in z.unbind(-1):
+        assert stats.kstest(channel.flatten().numpy(), "norm").pvalue > 1e-4
+    flat = z.reshape(-1, 3).double()
+    assert (torch.corrcoef(torch.cat([flat.T, flat.T.square()])).fill_diagonal_(0)).abs().max() < 5 / len(flat) ** 0.5
+    rows = torch.corrcoef(z.reshape(5, -1))
+    assert rows.fill_diagonal_(0).abs().max() < 5 / 24000**0.5
+    assert abs(torch.corrcoef(torch.stack([flat[1:, 0], flat[:-1, 0]]))[0, 1]) < 5 / len(flat) ** 0.5
+
+
+def test_noise_belongs_to_the_pixel() -> None:
+    """The same key fills the same pixel alike whatever the box: overlapping boxes need no order."""
+    x, key = torch.zeros(1, 8, 8, 3), torch.tensor([99])
+    one = erase(x, torch.tensor([[[0, 0, 8, 8]]]), key, "pixel")
+    two = erase(x, torch.tensor([[[1, 2, 4, 5], [3, 3, 5, 5]]]), key, "pixel")
+    assert torch.equal(two[two != 0], one[two != 0]) and (two == 0).any()
+
+
+# ---- mixing: points 20 to 24 ----
+
+def mixed_batch(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    lam, cuts = torch.rand(B, generator=generator), torch.rand(B, generator=generator) < 0.5
+    box = boxes(generator, (B,), H, W) * cuts[:, None]
+    area = box[:, 2] * box[:, 3]
+    lam = torch.where(cuts, (1 - area.double() / (H * W)).float(), lam)
+    return random_images(B, H, W, seed=seed), torch.randint(5, (B,), generator=generator), lam, box, cuts
+
+
+@pytest.mark.parametrize("mode", ["elem", "pair", "batch"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_timm_mixup(mode: str, smoothing: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    timm_mixup = pytest.importorskip("timm.data.mixup")
+    images, labels, lam, box, cuts = mixed_batch()
+    if mode == "pair":
+        half = B // 2
+        lam, box, cuts = (torch.cat([t[:half], t[:half].flip(0)]) for t in (lam, box, cuts))
+    if mode == "batch":
+        row = int((box[:, 2] * box[:, 3]).argmax())
+        lam, box, cuts = (t[row:row + 1].expand(B, *t.shape[1:]) for t in (lam, box, cuts))
+    plan = plan_of(partner=torch.arange(B - 1, -1, -1), lam=lam.contiguous(), cut=box.contiguous())
+    ours, targets = augment(images, labels, plan, MEAN, STD, 5, smoothing=smoothing)
+    mixup = timm_mixup.Mixup(1.0, 1.0, mode=mode, label_smoothing=smoothing, num_classes=5)
+    drawn = iter([(tuple(b), value) for b, value, cut in zip(box.tolist(), lam.tolist(), cuts) if cut and value != 1])
+
+    def next_box(*_, **__):
+        (y, x, h, w), value = next(drawn)
+        return (y, y + h, x, x + w), value
+
+    monkeypatch.setattr(timm_mixup, "cutmix_bbox_and_lam", next_box)
+    mixup._params_per_elem = lambda size: (lam[:size].numpy().copy(), cuts[:size].numpy())
+    mixup._params_per_batch = lambda: (float(lam[0]), bool(cuts[0]))
+    unmixed, _ = augment(images, labels, plan_of(), MEAN, STD, 5)
+    theirs, their_targets = mixup(unmixed.clone(), labels)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    torch.testing.assert_close(targets, their_targets, rtol=0, atol=1e-7)
+
+
+def test_torchvision_mixing() -> None:
+    images, labels, _, box, _ = mixed_batch(3)
+    one_hot = torch.nn.functional.one_hot(labels, 5).float()
+    unmixed, _ = augment(images, labels, plan_of(), MEAN, STD, 5)
+    y, x, h, w = box[(box[:, 2] * box[:, 3]).argmax()].tolist()
+    rolled = torch.arange(B).roll(1)
+    for transform, lam, cut in ((v2.MixUp(num_classes=5), 0.3, [0] * 4), (v2.CutMix(num_classes=5), 1 - h * w / (H * W), [y, x, h, w])):
+        params = {"labels": labels, "batch_size": B, "num_classes": 5, "lam": lam, "box": (x, y, x + w, y + h), "lam_adjusted": lam}
+        plan = plan_of(partner=rolled, lam=torch.full((B,), lam), cut=torch.tensor([cut] * B, dtype=torch.int32))
+        ours, targets = augment(images, labels, plan, MEAN, STD, 5)
+        torch.testing.assert_close(ours, transform.transform(unmixed, params), rtol=0, atol=1e-6)
+        torch.testing.assert_close(targets, transform._mixup_label(labels, lam=lam), rtol=0, atol=1e-7)
+        assert not torch.equal(targets, one_hot)
+
+
+def test_smoothed_targets() -> None:
+    images, labels, lam, box, _ = mixed_batch(4)
+    _, targets = augment(images, labels, plan_of(), MEAN, STD, 5, smoothing=0.1)
+    assert targets[0, labels[0]].item() == pytest.approx(0.92) and targets[0].min().item() == pytest.approx(0.02)
+    plan = plan_of(partner=torch.arange(B).roll(3), lam=lam, cut=box)
+    _, targets = augment(images, labels, plan, MEAN, STD, 5, smoothing=0.1)
+    torch.testing.assert_close(targets.sum(1), torch.ones(B))
+    same = labels == labels[plan.partner]
+    assert same.any() and torch.allclose(targets[same, labels[same]], torch.tensor(0.92))
+
+
+def test_erasing_comes_before_mixing() -> None:
+    """DeiT's order: a partner's erased box is mixed in, weakened by 1 - lam; and it is the partner's own noise."""
+    images = random_images(B, H, W)
+    box = torch.zeros(B, 1, 4, dtype=torch.int32)
+    box[1, 0] = torch.tensor([4, 5, 6, 7])
+    swap = torch.arange(B)
+    swap[:2] = torch.tensor([1, 0])
+    lam = torch.ones(B)
+    lam[0] = 0.75
+    plan = plan_of(erase=box, noise_key=torch.arange(B) + 40, partner=swap, lam=lam)
+    x, _ = augment(images, torch.zeros(B, dtype=torch.int64), plan, MEAN, STD, 1)
+    z = noise(torch.tensor([41]), H, W)[0].permute(2, 0, 1)
+    expected = 0.75 * normalised(images)[0] + 0.25 * z
+    torch.testing.assert_close(x[0, :, 4:10, 5:12], expected[:, 4:10, 5:12], rtol=0, atol=1e-6)
+    torch.testing.assert_close(x[1, :, 4:10, 5:12], z[:, 4:10, 5:12], rtol=0, atol=0)
+
+
+# ---- the CUDA source, where nvcc is found: tested for what can be tested without a GPU ----
+
+def test_cuda_source_compiles_without_spills(tmp_path: Path) -> None:
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc is not installed")
+    for arch in (80, 90, 100):
+        command = [nvcc, "-std=c++17", "-O3", "--fmad=false", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}", f"-arch=sm_{arch}", "-cubin",
+                   "-o", str(tmp_path / "augment.cubin"), str(ROOT / "csrc" / "cuda" / "augment.cu")]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)
+        assert len(spills) == 3 and set(spills) == {("0", "0")}, result.stderr
+        assert "warning" not in result.stderr, result.stderr
+
+
+def test_numpy_global_state_is_untouched() -> None:
+    before = (np.random.get_state()[1].copy(), torch.get_rng_state())
+    augment(random_images(B, H, W), torch.zeros(B, dtype=torch.int64),
+            plan_of(erase=torch.tensor([[[0, 0, 9, 9]]] * B, dtype=torch.int32)), MEAN, STD, 1)
+    assert (np.random.get_state()[1] == before[0]).all() and torch.equal(torch.get_rng_state(), before[1])

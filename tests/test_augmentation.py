@@ -1,0 +1,307 @@
+"""Sampling of augmentation plans: pure functions of (seed, epoch, position), and the distributions that they should have.
+
+The statistics use fixed seeds and 40,000 samples; a test fails below p = 1e-4, so that a wrong range, a swapped axis or a
+reused random word shows and chance does not.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from deit_fast.data import augmentation
+from deit_fast.data.augmentation import Plan, Recipe, epoch_order, neutral_plan, sample_plan
+from deit_fast.ops.augment_values import check_values
+
+N = 40_000
+FULL = Recipe(crop_pad=4, hflip=0.5, brightness=0.4, contrast=0.3, saturation=0.2, reprob=0.6, recount=2, mixup=0.8, cutmix=1.0,
+              mixup_prob=0.9, mixup_mode="elem")
+P_MIN = 1e-4
+
+
+def draw(recipe: Recipe, n: int = N, batch_size: int = 64, size=32, **kw) -> Plan:
+    return sample_plan(recipe, torch.arange(n), kw.pop("seed", 3), kw.pop("epoch", 1), batch_size, size, **kw)
+
+
+def assert_equal(a: Plan, b: Plan) -> None:
+    for name, tensor in a.tensors().items():
+        assert tensor.dtype == b.tensors()[name].dtype and torch.equal(tensor, b.tensors()[name]), name
+    assert a.remode == b.remode
+
+
+def assert_uniform(values: torch.Tensor, low: int, high: int) -> None:
+    """Integers in [low, high], all equally likely."""
+    assert values.min() >= low and values.max() <= high
+    counts = torch.bincount((values - low).long(), minlength=high - low + 1)
+    assert stats.chisquare(counts).pvalue > P_MIN, counts
+
+
+def assert_rate(hits: torch.Tensor, p: float) -> None:
+    assert stats.binomtest(int(hits.sum()), hits.numel(), p).pvalue > P_MIN, (hits.float().mean(), p)
+
+
+# ---- purity ----
+
+@pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_epoch_sliced_equals_batches_alone(mode: str, batch_size: int) -> None:
+    recipe, order = replace(FULL, mixup_mode=mode), epoch_order(150, 5, 2)  # 150: the last batch is short, odd for 7
+    epoch = sample_plan(recipe, order, 5, 2, batch_size, (32, 24))
+    for start in range(0, 150, batch_size):
+        rows = slice(start, start + batch_size)
+        alone = sample_plan(recipe, order[rows], 5, 2, batch_size, (32, 24), first_position=start)
+        assert_equal(epoch[rows], alone)
+
+
+def test_another_epoch_or_seed_is_another_plan() -> None:
+    base = draw(FULL, 512)
+    for other in (draw(FULL, 512, epoch=2), draw(FULL, 512, seed=4), draw(FULL, 512, seed=3 + 2**32)):
+        for name in set(base.tensors()) - {"index"}:
+            assert not torch.equal(base.tensors()[name], other.tensors()[name]), name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU is available")
+@pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
+def test_devices_agree(mode: str) -> None:
+    recipe = replace(FULL, mixup_mode=mode)
+    assert_equal(draw(recipe), draw(recipe, device="cuda").to("cpu"))
+
+
+def test_fields_do_not_share_random_words() -> None:
+    plan = draw(replace(FULL, reprob=1.0, mixup_prob=1.0, cutmix=0.0, recount=1))
+    single = [plan.flip, plan.lam, plan.noise_key & 0xFFFFFFFF, plan.noise_key >> 32]
+    columns = torch.stack([t.double() for t in (*plan.crop.unbind(1), *plan.jitter.unbind(1), *single,
+                                                *plan.jitter_order.unbind(1), *plan.erase[:, 0].unbind(1))])
+    correlation = torch.corrcoef(columns).fill_diagonal_(0)
+    correlation[9:12, 9:12] = 0  # the entries of a permutation depend on each other,
+    correlation[12:, 12:] = 0  # and so do a box's sides and the places where it fits
+    assert correlation.abs().max() < 5 / math.sqrt(N)
+
+
+def test_recipe_that_draws_nothing_is_neutral() -> None:
+    plan = sample_plan(Recipe(), torch.arange(64), 0, 0, 64, 32)
+    assert_equal(plan, neutral_plan(torch.arange(64)))
+
+
+# ---- geometry and color ----
+
+def test_crop_and_flip() -> None:
+    plan = draw(replace(FULL, hflip=0.3))
+    assert_uniform(plan.crop[:, 0], -4, 4)
+    assert_uniform(plan.crop[:, 1], -4, 4)
+    assert_rate(plan.flip, 0.3)
+
+
+def test_crop_of_a_larger_source() -> None:
+    plan = draw(Recipe(crop_pad=1), size=(24, 28), source_size=(32, 30))
+    assert_uniform(plan.crop[:, 0], -1, 32 - 24 + 1)
+    assert_uniform(plan.crop[:, 1], -1, 30 - 28 + 1)
+    with pytest.raises(ValueError, match="images of 20x20, padded by 1, are smaller than the crop 24x24"):
+        draw(Recipe(crop_pad=1), 4, size=24, source_size=20)
+
+
+def test_color_jitter() -> None:
+    plan = draw(replace(FULL, saturation=1.5))
+    code = plan.jitter_order.long() @ torch.tensor([9, 3, 1])
+    values, counts = code.unique(return_counts=True)
+    assert len(values) == 6 and stats.chisquare(counts).pvalue > P_MIN
+    for column, (low, high) in zip(plan.jitter.unbind(1), ((0.6, 1.4), (0.7, 1.3), (0.0, 2.5))):
+        factors = column.double() / 65536
+        assert low - 1e-5 <= factors.min() and factors.max() <= high + 1e-5
+        assert stats.kstest(factors.numpy(), "uniform", (low, high - low)).pvalue > P_MIN
+    assert (draw(Recipe(contrast=0.4)).jitter[:, [0, 2]] == 65536).all()
+
+
+# ---- erasing: point 19 ----
+
+def timm_boxes(n: int, H: int, W: int, count: int, generator: np.random.Generator) -> np.ndarray:
+    """(n, 3) area, log aspect, top of boxes by ten tries in a loop; zeros where none fitted."""
+    found = np.zeros((n, 3))
+    for row in found:
+        for _ in range(10):
+            area = generator.uniform(0.02, 1 / 3) * H * W / count
+            aspect = math.exp(generator.uniform(math.log(0.3), math.log(1 / 0.3)))
+            h, w = int(round(math.sqrt(area * aspect))), int(round(math.sqrt(area / aspect)))
+            if h < H and w < W:
+                row[:] = h * w, math.log(h / w), generator.integers(0, H - h + 1)
+                break
+    return found
+
+
+@pytest.mark.parametrize(("H", "W"), [(32, 32), (12, 48)])
+def test_erasing_boxes(H: int, W: int) -> None:
+    boxes = draw(Recipe(reprob=1.0), size=(H, W)).erase[:, 0].double()
+    y, x, h, w = boxes.unbind(1)
+    assert (y + h <= H).all() and (x + w <= W).all() and (boxes >= 0).all() and (h < H).all() and (w < W).all()
+    expected = timm_boxes(N, H, W, 1, np.random.default_rng(0))
+    used = h > 0
+    assert_rate(used, max(min((expected[:, 0] > 0).mean(), 1 - 1e-4), 1e-4))
+    expected = expected[expected[:, 0] > 0]
+    for ours, theirs in ((h * w, expected[:, 0]), ((h / w).log(), expected[:, 1]), (y, expected[:, 2])):
+        assert stats.ks_2samp(ours[used].numpy(), theirs).pvalue > P_MIN
+    assert (x + w == W).any() and (y + h == H).any() and (x == 0).any()
+
+
+def test_erasing_rate_and_count() -> None:
+    used = draw(Recipe(reprob=0.25, recount=3)).erase[..., 2] > 0  # (N, 3)
+    assert_rate(used[:, 0], 0.25)
+    count = used[used[:, 0]].sum(1)
+    assert_uniform(count, 1, 3)
+    areas = draw(Recipe(reprob=1.0, recount=3)).erase[:, 0]
+    assert (areas[:, 2] * areas[:, 3]).max() <= 32 * 32 / 3 + 32
+    assert (draw(Recipe(reprob=1.0), size=1).erase == 0).all()  # nothing is smaller than one pixel: untouched
+
+
+def test_noise_keys_differ() -> None:
+    assert len(draw(Recipe(reprob=1.0)).noise_key.unique()) == N
+
+
+# ---- mixing: points 21, 23, 24, 28 ----
+
+@pytest.mark.parametrize("alpha", [0.1, 0.5, 0.8, 1.0, 4.0, 100.0])
+def test_beta_table(alpha: float) -> None:
+    from scipy.special import betaincinv
+
+    table = augmentation._beta_table(alpha, torch.device("cpu"))
+    u = (np.arange(65536) + 0.5) / 65536
+    assert np.abs(table.numpy() - betaincinv(alpha, alpha, u)).max() < 1e-7
+
+
+def mixed(plan: Plan) -> torch.Tensor:
+    return plan.partner != torch.arange(len(plan)) % 64
+
+
+@pytest.mark.parametrize(("mode", "independent"), [("batch", 64), ("pair", 2), ("elem", 1)])
+def test_mixing_rates_and_lambda(mode: str, independent: int) -> None:
+    recipe = Recipe(mixup=0.8, cutmix=1.0, mixup_prob=0.7, mixup_switch_prob=0.3, mixup_mode=mode)
+    plan = draw(recipe, 64 * (500 if mode == "batch" else 625))
+    first = slice(0, None, 64) if mode == "batch" else slice(None)
+    if mode == "pair":  # the first of each pair
+        first = torch.arange(len(plan)) % 64 < 32
+    is_mixed, cuts = mixed(plan)[first], (plan.cut[first, 2] * plan.cut[first, 3]) > 0
+    assert_rate(is_mixed, 0.7)
+    lam = plan.lam[first]
+    whole = is_mixed & ~cuts & (lam == 1)  # CutMix whose box came out empty
+    assert_rate((cuts | whole)[is_mixed], 0.3)
+    assert stats.kstest(lam[is_mixed & ~cuts & ~whole].numpy(), "beta", (0.8, 0.8)).pvalue > P_MIN
+    assert (plan.lam[~mixed(plan)] == 1).all() and (plan.cut[~mixed(plan)] == 0).all()
+
+
+def test_modes_share_their_draws() -> None:
+    recipe = Recipe(mixup=0.8, cutmix=1.0)
+    batches = {mode: draw(replace(recipe, mixup_mode=mode), 6400) for mode in ("batch", "pair", "elem")}
+    for name in ("lam", "cut"):
+        rows = {mode: plan.tensors()[name].reshape(100, 64, -1) for mode, plan in batches.items()}
+        assert (rows["batch"] == rows["batch"][:, :1]).all()
+        assert torch.equal(rows["pair"], rows["pair"].flip(1))
+        assert not torch.equal(rows["elem"], rows["elem"].flip(1)) and (rows["pair"] != rows["pair"][:, :1]).any()
+    partner = torch.arange(63, -1, -1)
+    assert (batches["batch"].partner.view(100, 64) == partner).all()
+
+
+@pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
+def test_odd_batches_leave_the_middle_alone(mode: str) -> None:
+    recipe = Recipe(mixup=0.8, cutmix=1.0, mixup_mode=mode)
+    for n in (1, 7):
+        plan = draw(recipe, 64 + n)[64:]
+        middle = n // 2
+        assert plan.partner.tolist() == list(range(n - 1, -1, -1))
+        assert plan.lam[middle] == 1 and (plan.cut[middle] == 0).all()
+        assert n == 1 or (plan.lam != 1).any()
+
+
+@pytest.mark.parametrize(("H", "W"), [(33, 33), (16, 64)])
+def test_cutmix_boxes(H: int, W: int) -> None:
+    plan = draw(Recipe(cutmix=1.0, mixup_mode="elem"), size=(H, W))
+    y, x, h, w = plan.cut.long().unbind(1)
+    assert torch.equal(plan.lam, (1 - (h * w).double() / (H * W)).float())  # corrected after clipping
+    generator = np.random.default_rng(1)
+    ratio = np.sqrt(1 - generator.beta(1, 1, N))
+    center_y, center_x = generator.integers(H, size=N), generator.integers(W, size=N)
+    half_h, half_w = (H * ratio).astype(int) // 2, (W * ratio).astype(int) // 2
+    top, left = np.clip(center_y - half_h, 0, H), np.clip(center_x - half_w, 0, W)
+    areas = (np.clip(center_y + half_h, 0, H) - top) * (np.clip(center_x + half_w, 0, W) - left)
+    used = (h * w > 0).numpy()
+    assert stats.ks_2samp((h * w).numpy(), areas).pvalue > P_MIN
+    assert stats.ks_2samp(y.numpy()[used], top[areas > 0]).pvalue > P_MIN
+    assert ((y == 0) & (h > 0)).any() and (y + h == H).any() and (x + w == W).any()
+    whole = (y > 0) & (y + h < H) & (x > 0) & (x + w < W)  # not clipped: both sides halve to the same integer
+    assert (h[whole] % 2 == 0).all() and (w[whole] % 2 == 0).all()
+    assert ((w[whole].double() / h[whole].clamp(min=1) - W / H).abs() <= W / H).all()
+
+
+def test_cutmix_minmax() -> None:
+    plan = draw(Recipe(cutmix_minmax=(0.25, 0.75), mixup_mode="elem"), size=(32, 64))
+    y, x, h, w = plan.cut.unbind(1)
+    assert_uniform(h, 8, 23)
+    assert_uniform(w, 16, 47)
+    assert (y == 0).any() and (y + h == 32).any() and (x + w == 64).any() and (x + w).max() <= 64
+    assert_uniform(y[h == 20], 0, 12)
+
+
+def test_switching_needs_both() -> None:
+    only_cut = draw(Recipe(cutmix=1.0, mixup_switch_prob=0.0, mixup_mode="elem"), 640)
+    assert (only_cut.cut[:, 2] > 0).float().mean() > 0.8
+    only_mix = draw(Recipe(mixup=1.0, mixup_switch_prob=1.0, mixup_mode="elem"), 640)
+    assert (only_mix.cut == 0).all() and (only_mix.lam < 1).all()
+
+
+# ---- order of an epoch: points 27, 28 ----
+
+def test_epoch_order() -> None:
+    order = epoch_order(1000, 7, 0)
+    assert order.sort().values.equal(torch.arange(1000)) and not order.equal(torch.arange(1000))
+    assert not order.equal(epoch_order(1000, 7, 1)) and not order.equal(epoch_order(1000, 8, 0))
+    assert order.equal(epoch_order(1000, 7, 0))
+    places = torch.stack([epoch_order(10, seed, 0) for seed in range(4000)])
+    for column in places.unbind(1):
+        assert_uniform(column, 0, 9)
+
+
+@pytest.mark.parametrize("n", [1, 100, 255, 1000])
+def test_repeated_augmentation(n: int) -> None:
+    order = epoch_order(n, 7, 0, repeats=3)
+    assert len(order) == n and len(order.unique()) == math.ceil(n / 3)
+    assert torch.equal(order, epoch_order(n, 7, 0).repeat_interleave(3)[:n])
+    plan = sample_plan(FULL, order, 7, 0, 64, 32)
+    assert n < 100 or not torch.equal(plan.crop[0], plan.crop[1]) or not torch.equal(plan.jitter[0], plan.jitter[1])
+    if n == 1000:  # copies of one image meet only in the middle of a batch
+        batch = plan[:64]
+        assert (batch.index[batch.partner] == batch.index)[batch.partner != torch.arange(64)].sum() <= 2
+
+
+# ---- ranges and refusals ----
+
+@pytest.mark.parametrize(("H", "W"), [(1, 1), (2, 3), (28, 28), (17, 96), (224, 224)])
+@pytest.mark.parametrize("minmax", [None, (0.0, 1.0), (0.5, 0.5)])
+def test_plans_are_in_range(H: int, W: int, minmax) -> None:
+    recipe = replace(FULL, crop_pad=min(H, W), brightness=63.0, reprob=1.0, cutmix_minmax=minmax)
+    plan = draw(recipe, 999, size=(H, W))
+    images, labels = torch.zeros((999, 3, H, W), dtype=torch.uint8), torch.zeros(999, dtype=torch.int64)
+    for batch in (plan[slice(k, k + 64)] for k in range(0, 999, 64)):
+        check_values(images, labels, list(batch.tensors().values()), 1, H, W)
+
+
+@pytest.mark.parametrize(("bad", "text"), [
+    ({"hflip": 1.5}, "hflip"), ({"brightness": -1}, "brightness"), ({"mixup": -0.1}, "mixup"), ({"recount": 0}, "recount"),
+    ({"remode": "rand"}, "remode"), ({"mixup_mode": "half"}, "mixup_mode"), ({"cutmix_minmax": (0.5, 0.2)}, "cutmix_minmax"),
+    ({"crop_pad": -1}, "crop_pad"), ({"reprob": float("nan")}, "reprob")])
+def test_recipes_are_refused_by_name(bad: dict, text: str) -> None:
+    with pytest.raises(ValueError, match=f"Recipe: {text} must be"):
+        Recipe(**bad)
+
+
+def test_calls_are_refused() -> None:
+    with pytest.raises(ValueError, match="first_position must start a batch of 64, got 3"):
+        draw(FULL, 64, first_position=3)
+    with pytest.raises(ValueError, match="batch_size must be 1 or more"):
+        draw(FULL, 64, batch_size=0)
+    with pytest.raises(ValueError, match="repeats must be 1 or more"):
+        epoch_order(10, 0, 0, repeats=0)
+    with pytest.raises(TypeError, match="cut by slices"):
+        draw(FULL, 64)[3]

@@ -214,6 +214,15 @@ def test_dropout_seed() -> None:
     assert torch.equal(one, same) and not torch.allclose(one, other)
 
 
+def test_dropout_seed_of_a_layer() -> None:
+    """Layer l draws from seed * depth + l, so no two layers of no two steps share a key."""
+    model, seeds = create_model("vit_nano_patch4_32", depth=3), []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda block, args: seeds.append(int(args[1])))
+    model(torch.randn(1, 3, 32, 32), torch.tensor(5))
+    assert seeds == [15, 16, 17]
+
+
 def test_grad_checkpointing_changes_nothing() -> None:
     model = create_model("vit_nano_patch4_32", drop_path_rate=0.2, depth=3).train()
     images, grads = torch.randn(4, 3, 32, 32), []

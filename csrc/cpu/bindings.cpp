@@ -27,6 +27,9 @@ std::vector<std::string> supported_isas() {
 
 }  // namespace
 
+void bind_gemm_ops(pybind11::module_& m);  // layernorm_linear, linear_residual, layernorm_mlp
+
 PYBIND11_MODULE(DEIT_FAST_MODULE, m) {
     m.def("supported_isas", &supported_isas);
+    bind_gemm_ops(m);
 }

@@ -31,10 +31,10 @@ template <class E> struct ForwardScratch {
 
 template <class E> struct BackwardScratch {
     Tile<E> normal, grad;
-    float *normal_pairs, *grad_pairs, *dnormal;  // dnormal (TILE, C)
+    float *normal_tokens, *grad_tokens, *dnormal;  // dnormal (TILE, C)
     BackwardScratch(Arena& arena, long C, long F)
-        : normal(arena.tile<E>(TILE, C)), grad(arena.tile<E>(TILE, F)), normal_pairs(arena.take(TILE * (padded(C) + LANES))),
-          grad_pairs(arena.take(TILE * (padded(F) + LANES))), dnormal(arena.take(TILE * padded(C))) {}
+        : normal(arena.tile<E>(TILE, C)), grad(arena.tile<E>(TILE, F)), normal_tokens(arena.take(token_room(TILE, C))),
+          grad_tokens(arena.take(token_room(TILE, F))), dnormal(arena.take(TILE * padded(C))) {}
 };
 
 struct Partial {  // one chunk's sums
@@ -55,6 +55,7 @@ template <class T> void forward(const LayerNormLinear& a, T* out) {
     const long tile = std::min(TILE, padded((a.M + a.threads - 1) / a.threads, MR));
 #pragma omp parallel num_threads(a.threads)
     {
+        const TileRegisters<E> registers;
         const auto s = scratch<ForwardScratch<E>>(arena, omp_get_thread_num(), C);
         float mean[TILE], rstd[TILE];
 #pragma omp for
@@ -91,6 +92,7 @@ void backward(const LayerNormLinear& a, const T* grad, T* dx, Param dln_weight, 
     float* partials = arena.take(chunks.count * at.words);
 #pragma omp parallel num_threads(a.threads)
     {
+        const TileRegisters<E> registers;
         const auto s = scratch<BackwardScratch<E>>(arena, omp_get_thread_num(), C, F);
 #pragma omp for
         for (long j = 0; j < padded(C) / NR; ++j) pack_direct<E>(a.weight, F, C, j, shared.weight);
@@ -105,8 +107,8 @@ void backward(const LayerNormLinear& a, const T* grad, T* dx, Param dln_weight, 
                 if (dweight.p) {
                     normalise(ln, x + row * C, rows, means + row, rstds + row, s.normal);
                     zero_rest(s.normal, rows, C), zero_rest(s.grad, rows, F);
-                    multiply<E>(C, padded(F) / NR, words<E>(rows), pair_rows(s.normal, rows, C, s.normal_pairs).columns(),
-                                pair_rows(s.grad, rows, F, s.grad_pairs).panels(), partial + at.dweight, padded(F), true);
+                    multiply<E>(C, padded(F) / NR, token_words<E>(rows), token_columns(s.normal, rows, C, s.normal_tokens),
+                                token_panels(s.grad, rows, F, s.grad_tokens), partial + at.dweight, padded(F), true);
                 }
                 multiply<E>(rows, padded(C) / NR, padded(F) / PER_WORD<E>, s.grad.rows(), weight, s.dnormal, padded(C), false);
                 layernorm_gradient<T>(ln, x + row * C, rows, means + row, rstds + row, s.dnormal, padded(C), nullptr,

@@ -50,20 +50,20 @@ template <class E> struct ForwardScratch {
 
 template <class E> struct BackwardScratch {
     Tile<E> normal, grad, h, du;
-    float *normal_pairs, *grad_pairs, *h_pairs, *du_pairs, *u, *dh, *dnormal, *room;  // u, dh (TILE, NR), dnormal (TILE, C)
+    float *normal_tokens, *grad_tokens, *h_tokens, *du_tokens, *u, *dh, *dnormal, *room;  // u, dh (TILE, NR), dnormal (TILE, C)
     BackwardScratch(Arena& arena, long C, long F)
         : normal(arena.tile<E>(BACKWARD_TILE, C)), grad(arena.tile<E>(BACKWARD_TILE, C)),
           h(arena.tile<E>(BACKWARD_TILE, block_width(F))), du(arena.tile<E>(BACKWARD_TILE, block_width(F))),
-          normal_pairs(pairs(arena, C)), grad_pairs(pairs(arena, C)), h_pairs(pairs(arena, block_width(F))),
-          du_pairs(pairs(arena, block_width(F))), u(arena.take(BACKWARD_TILE * NR)), dh(arena.take(BACKWARD_TILE * NR)),
+          normal_tokens(tokens(arena, C)), grad_tokens(tokens(arena, C)), h_tokens(tokens(arena, block_width(F))),
+          du_tokens(tokens(arena, block_width(F))), u(arena.take(BACKWARD_TILE * NR)), dh(arena.take(BACKWARD_TILE * NR)),
           dnormal(arena.take(BACKWARD_TILE * padded(C))), room(arena.take(Branch::room(std::max<long>(C, NR)))) {}
-    static float* pairs(Arena& arena, long width) { return arena.take(BACKWARD_TILE * (padded(width) + LANES)); }
+    static float* tokens(Arena& arena, long width) { return arena.take(token_room(BACKWARD_TILE, width)); }
 };
 
 struct Partial {  // one chunk's sums: dfc1 is (C, F), transposed; dfc2 (C, F)
     long C, F;
     long dln_weight = 0, dln_bias = padded(C), db1 = 2 * padded(C), db2 = db1 + padded(F), dfc1 = db2 + padded(C);
-    long dfc2 = dfc1 + C * padded(F), words = dfc2 + C * padded(F);
+    long dfc2 = dfc1 + padded(C) * padded(F), words = dfc2 + padded(C) * padded(F);
 };
 
 // h = mask gelu(u + b1) for the NR features from `col` of the rows row .. row + rows - 1.
@@ -108,6 +108,7 @@ template <class T> void forward(const LayerNormMlp& a, T* out) {
     const long tile = std::min(FORWARD_TILE, padded((a.M + a.threads - 1) / a.threads, MR));
 #pragma omp parallel num_threads(a.threads)
     {
+        const TileRegisters<E> registers;
         const auto s = scratch<ForwardScratch<E>>(arena, omp_get_thread_num(), C, F);
         float mean[FORWARD_TILE], rstd[FORWARD_TILE];
 #pragma omp for nowait
@@ -154,6 +155,7 @@ template <class T> void backward(const LayerNormMlp& a, const T* grad, T* dx, co
     float* partials = arena.take(chunks.count * at.words);
 #pragma omp parallel num_threads(a.threads)
     {
+        const TileRegisters<E> registers;
         const auto s = scratch<BackwardScratch<E>>(arena, omp_get_thread_num(), C, F);
 #pragma omp for nowait
         for (long j = 0; j < padded(F) / NR; ++j) {
@@ -167,11 +169,11 @@ template <class T> void backward(const LayerNormMlp& a, const T* grad, T* dx, co
             float* partial = partials + chunk * at.words;
             std::fill(partial, partial + at.words, 0.0f);
             for (long row = chunks.begin(chunk), end = chunks.begin(chunk + 1); row < end; row += BACKWARD_TILE) {
-                const long rows = std::min(BACKWARD_TILE, end - row), tokens = words<E>(rows);
+                const long rows = std::min(BACKWARD_TILE, end - row), tokens = token_words<E>(rows);
                 normalise(ln, x + row * C, rows, means + row, rstds + row, s.normal);
                 zero_rest(s.normal, rows, C);
                 branch_gradient(output, row, rows, grad, s.grad, partial + at.db2, s.room);
-                const auto normal = pair_rows(s.normal, rows, C, s.normal_pairs), d = pair_rows(s.grad, rows, C, s.grad_pairs);
+                const Words normal = token_columns(s.normal, rows, C, s.normal_tokens), d = token_columns(s.grad, rows, C, s.grad_tokens);
                 for (long block = 0; block < padded(F); block += width) {
                     const long cols = std::min(width, padded(F) - block);
                     for (long c = 0; c < cols; c += NR) {
@@ -183,9 +185,9 @@ template <class T> void backward(const LayerNormMlp& a, const T* grad, T* dx, co
                     add_column_sums(s.du, rows, cols, partial + at.db1 + block);
                     if (weights) {
                         zero_rest(s.h, rows, cols), zero_rest(s.du, rows, cols);
-                        multiply<E>(C, cols / NR, tokens, d.columns(), pair_rows(s.h, rows, cols, s.h_pairs).panels(),
+                        multiply<E>(C, cols / NR, tokens, d, token_panels(s.h, rows, cols, s.h_tokens),
                                     partial + at.dfc2 + block, padded(F), true);
-                        multiply<E>(C, cols / NR, tokens, normal.columns(), pair_rows(s.du, rows, cols, s.du_pairs).panels(),
+                        multiply<E>(C, cols / NR, tokens, normal, token_panels(s.du, rows, cols, s.du_tokens),
                                     partial + at.dfc1 + block, padded(F), true);
                     }
                     multiply<E>(rows, padded(C) / NR, cols / PER_WORD<E>, s.du.rows(),

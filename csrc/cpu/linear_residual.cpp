@@ -26,16 +26,16 @@ template <class E> struct ForwardScratch {
 
 template <class E> struct BackwardScratch {
     Tile<E> x, grad;
-    float *x_pairs, *grad_pairs, *dx, *room;  // dx (TILE, NR)
+    float *x_tokens, *grad_tokens, *dx, *room;  // dx (TILE, NR)
     BackwardScratch(Arena& arena, long C, long F)
-        : x(arena.tile<E>(TILE, C)), grad(arena.tile<E>(TILE, F)), x_pairs(arena.take(TILE * (padded(C) + LANES))),
-          grad_pairs(arena.take(TILE * (padded(F) + LANES))), dx(arena.take(TILE * NR)), room(arena.take(Branch::room(F))) {}
+        : x(arena.tile<E>(TILE, C)), grad(arena.tile<E>(TILE, F)), x_tokens(arena.take(token_room(TILE, C))),
+          grad_tokens(arena.take(token_room(TILE, F))), dx(arena.take(TILE * NR)), room(arena.take(Branch::room(F))) {}
 };
 
 struct Partial {
     long C, F;
     long dbias = 0, dweight = padded(F);  // dweight (F, C)
-    long words = dweight + F * padded(C);
+    long words = dweight + padded(F) * padded(C);
 };
 
 template <class T> void forward(const LinearResidual& a, const T* residual, T* out) {
@@ -50,6 +50,7 @@ template <class T> void forward(const LinearResidual& a, const T* residual, T* o
     const long tile = std::min(TILE, padded((a.M + a.threads - 1) / a.threads, MR));
 #pragma omp parallel num_threads(a.threads)
     {
+        const TileRegisters<E> registers;
         const auto s = scratch<ForwardScratch<E>>(arena, omp_get_thread_num(), C);
 #pragma omp for
         for (long j = 0; j < padded(F) / NR; ++j) pack_transposed<E>(a.weight, C, F, j, shared.weight);
@@ -78,6 +79,7 @@ template <class T> void backward(const LinearResidual& a, const T* grad, T* dx, 
     float* partials = arena.take(chunks.count * at.words);
 #pragma omp parallel num_threads(a.threads)
     {
+        const TileRegisters<E> registers;
         const auto s = scratch<BackwardScratch<E>>(arena, omp_get_thread_num(), C, F);
 #pragma omp for
         for (long j = 0; j < padded(C) / NR; ++j) pack_direct<E>(a.weight, F, C, j, shared.weight);
@@ -91,8 +93,8 @@ template <class T> void backward(const LinearResidual& a, const T* grad, T* dx, 
                 if (dweight.p) {
                     copy_tile(x + row * C, rows, C, s.x);
                     zero_rest(s.x, rows, C);
-                    multiply<E>(F, padded(C) / NR, words<E>(rows), pair_rows(s.grad, rows, F, s.grad_pairs).columns(),
-                                pair_rows(s.x, rows, C, s.x_pairs).panels(), partial + at.dweight, padded(C), true);
+                    multiply<E>(F, padded(C) / NR, token_words<E>(rows), token_columns(s.grad, rows, F, s.grad_tokens),
+                                token_panels(s.x, rows, C, s.x_tokens), partial + at.dweight, padded(C), true);
                 }
                 for (long j = 0; dx && j < padded(C) / NR; ++j) {
                     multiply<E>(rows, 1, padded(F) / PER_WORD<E>, s.grad.rows(), {weight.p + j * weight.panel, 0, NR}, s.dx, NR, false);

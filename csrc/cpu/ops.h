@@ -3,7 +3,6 @@
 // out, or a gradient not asked for. `workspace` is a block of the bytes that the op's `..._workspace` names, aligned to 64.
 #pragma once
 
-#include "gemm.h"
 #include "tile.h"
 
 namespace deit {

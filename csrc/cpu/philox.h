@@ -43,27 +43,6 @@ inline void multiply(UVec a, uint32_t m, UVec& high, UVec& low) {
 #endif
 }
 
-// In each 128-bit lane: the 4 x 4 matrix whose rows are w[0..3], transposed.
-inline void transpose4(UVec w[4]) {
-#if defined(__AVX512F__)
-    const __m512i a = _mm512_unpacklo_epi32((__m512i)w[0], (__m512i)w[1]), b = _mm512_unpackhi_epi32((__m512i)w[0], (__m512i)w[1]);
-    const __m512i c = _mm512_unpacklo_epi32((__m512i)w[2], (__m512i)w[3]), d = _mm512_unpackhi_epi32((__m512i)w[2], (__m512i)w[3]);
-    w[0] = (UVec)_mm512_unpacklo_epi64(a, c), w[1] = (UVec)_mm512_unpackhi_epi64(a, c);
-    w[2] = (UVec)_mm512_unpacklo_epi64(b, d), w[3] = (UVec)_mm512_unpackhi_epi64(b, d);
-#elif defined(__AVX2__)
-    const __m256i a = _mm256_unpacklo_epi32((__m256i)w[0], (__m256i)w[1]), b = _mm256_unpackhi_epi32((__m256i)w[0], (__m256i)w[1]);
-    const __m256i c = _mm256_unpacklo_epi32((__m256i)w[2], (__m256i)w[3]), d = _mm256_unpackhi_epi32((__m256i)w[2], (__m256i)w[3]);
-    w[0] = (UVec)_mm256_unpacklo_epi64(a, c), w[1] = (UVec)_mm256_unpackhi_epi64(a, c);
-    w[2] = (UVec)_mm256_unpacklo_epi64(b, d), w[3] = (UVec)_mm256_unpackhi_epi64(b, d);
-#else
-    uint32_t from[4][4], to[4][4];
-    std::memcpy(from, w, sizeof from);
-    for (int i = 0; i < 4; ++i)
-        for (int j = 0; j < 4; ++j) to[i][j] = from[j][i];
-    std::memcpy(w, to, sizeof to);
-#endif
-}
-
 constexpr int PHILOX_WORDS = 4 * LANES;  // elements that one call draws
 
 // The words of elements 4 block .. 4 block + PHILOX_WORDS - 1, in order: words[v] holds LANES of them.

@@ -181,6 +181,50 @@ inline float to_float(bf16 x) {
     return f;
 }
 
+// ---- Transpositions.
+
+// In each 128-bit lane: the 4 x 4 matrix whose rows are w[0..3], transposed.
+inline void transpose4(UVec w[4]) {
+#if defined(__AVX512F__)
+    const __m512i a = _mm512_unpacklo_epi32((__m512i)w[0], (__m512i)w[1]), b = _mm512_unpackhi_epi32((__m512i)w[0], (__m512i)w[1]);
+    const __m512i c = _mm512_unpacklo_epi32((__m512i)w[2], (__m512i)w[3]), d = _mm512_unpackhi_epi32((__m512i)w[2], (__m512i)w[3]);
+    w[0] = (UVec)_mm512_unpacklo_epi64(a, c), w[1] = (UVec)_mm512_unpackhi_epi64(a, c);
+    w[2] = (UVec)_mm512_unpacklo_epi64(b, d), w[3] = (UVec)_mm512_unpackhi_epi64(b, d);
+#elif defined(__AVX2__)
+    const __m256i a = _mm256_unpacklo_epi32((__m256i)w[0], (__m256i)w[1]), b = _mm256_unpackhi_epi32((__m256i)w[0], (__m256i)w[1]);
+    const __m256i c = _mm256_unpacklo_epi32((__m256i)w[2], (__m256i)w[3]), d = _mm256_unpackhi_epi32((__m256i)w[2], (__m256i)w[3]);
+    w[0] = (UVec)_mm256_unpacklo_epi64(a, c), w[1] = (UVec)_mm256_unpackhi_epi64(a, c);
+    w[2] = (UVec)_mm256_unpacklo_epi64(b, d), w[3] = (UVec)_mm256_unpackhi_epi64(b, d);
+#else
+    uint32_t from[4][4], to[4][4];
+    std::memcpy(from, w, sizeof from);
+    for (int i = 0; i < 4; ++i)
+        for (int j = 0; j < 4; ++j) to[i][j] = from[j][i];
+    std::memcpy(w, to, sizeof to);
+#endif
+}
+
+// to (LANES, LANES) = from (LANES, LANES) transposed; rows are `row` words apart.
+inline void transpose(const float* from, long from_row, float* to, long to_row) {
+#if defined(__AVX512F__)
+    UVec w[16];  // w[4 i + q], lane l: rows 4 i .. 4 i + 3 of column 4 l + q
+    for (int i = 0; i < 16; ++i) w[i] = as_uint(load(from + i * from_row));
+    for (int i = 0; i < 16; i += 4) transpose4(w + i);
+    for (int q = 0; q < 4; ++q) {
+        const __m512i a = (__m512i)w[q], b = (__m512i)w[4 + q], c = (__m512i)w[8 + q], d = (__m512i)w[12 + q];
+        const __m512i ab02 = _mm512_shuffle_i32x4(a, b, 0x88), ab13 = _mm512_shuffle_i32x4(a, b, 0xdd);
+        const __m512i cd02 = _mm512_shuffle_i32x4(c, d, 0x88), cd13 = _mm512_shuffle_i32x4(c, d, 0xdd);
+        store(to + q * to_row, as_float((UVec)_mm512_shuffle_i32x4(ab02, cd02, 0x88)));
+        store(to + (4 + q) * to_row, as_float((UVec)_mm512_shuffle_i32x4(ab13, cd13, 0x88)));
+        store(to + (8 + q) * to_row, as_float((UVec)_mm512_shuffle_i32x4(ab02, cd02, 0xdd)));
+        store(to + (12 + q) * to_row, as_float((UVec)_mm512_shuffle_i32x4(ab13, cd13, 0xdd)));
+    }
+#else
+    for (int i = 0; i < LANES; ++i)
+        for (int j = 0; j < LANES; ++j) to[j * to_row + i] = from[i * from_row + j];
+#endif
+}
+
 // ---- Functions.
 
 // e^x with 2 ulp, for x in [-87.3, 88.3]; below it is about 1e-38, above about 2e38. x = n ln 2 + r with |r| <= ln(2) / 2; a

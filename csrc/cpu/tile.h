@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "gemm.h"
+#include "operands.h"
 #include "philox.h"
 
 namespace deit {
@@ -29,9 +29,9 @@ template <class T, class E> inline void copy_tile(const T* x, long rows, long wi
         for (long c = 0; c < padded(width); c += LANES) store(to.row(r) + c, load_in(x + r * width, c, width));
 }
 
-// Zeros the rows from `rows` to the next whole word of tokens, for products contracted over tokens.
+// Zeros the rows from `rows` to the next multiple of TOKENS, for products contracted over tokens.
 template <class E> inline void zero_rest(Tile<E> tile, long rows, long width) {
-    for (long r = rows; r < padded(rows, PER_WORD<E>); ++r)
+    for (long r = rows; r < padded(rows, TOKENS<E>); ++r)
         for (long c = 0; c < padded(width); c += LANES) store(tile.row(r) + c, set1(0.0f));
 }
 

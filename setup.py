@@ -27,7 +27,9 @@ ROOT = Path(__file__).parent.resolve()
 
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
-X86_64 = {"generic": [], "avx2": AVX2, "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
+AVX512BF16 = [*AVX512, "-mavx512bf16"]
+X86_64 = {"generic": [], "avx2": AVX2, "avx512": AVX512, "avx512bf16": AVX512BF16,
+          "amx": [*AVX512BF16, "-mamx-tile", "-mamx-bf16"]}
 ISAS = X86_64 if platform.machine() in ("x86_64", "AMD64") else {"generic": []}
 
 # Contraction is off because backends must agree to the last bit where they use the same arithmetic; a fused

@@ -14,7 +14,7 @@ from types import ModuleType
 
 import torch  # noqa: F401  (first, for its OpenMP library)
 
-ISAS = ("avx512bf16", "avx512", "avx2", "generic")
+ISAS = ("amx", "avx512bf16", "avx512", "avx2", "generic")
 
 
 def _built(isa: str) -> bool:

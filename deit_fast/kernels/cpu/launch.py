@@ -1,0 +1,65 @@
+"""What every launcher of a C++ kernel needs: pointers, workspace, and the reasons why a call is not for it.
+
+The kernels never allocate: a call object says how many bytes of workspace it needs, the launcher takes them from PyTorch's
+allocator, and they are free again when the launcher returns. Weights are packed into it anew in every call (a few
+microseconds; a cache keyed by pointer would be stale after an optimizer step or an EMA swap).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def why_not(x: Tensor, features: int, dropout_p: float = 0.0, seed: Tensor | None = None) -> str | None:
+    """Why the C++ kernels cannot serve activations x (..., C) with this many output or hidden features, or None."""
+    if x.device.type != "cpu":
+        return f"the tensors are on {x.device}, not on the CPU"
+    if x.dtype not in DTYPES:
+        return f"{str(x.dtype).removeprefix('torch.')} activations have no C++ kernel: use float32 or bfloat16"
+    if features == 0:
+        return "there are no features to compute"
+    if dropout_p > 0.0 and seed is None:
+        return "dropout without a seed is PyTorch's own, which only reference draws"
+    return None
+
+
+def pointer(tensor: Tensor | None) -> int:
+    """The address of a contiguous tensor's first element; 0 for None and for empty tensors."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def parameter(tensor: Tensor | None) -> tuple[int, bool]:
+    """(address, is it bf16) as the kernels take parameters and their gradients."""
+    return pointer(tensor), tensor is not None and tensor.dtype == torch.bfloat16
+
+
+def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors, copied where they are not contiguous; the caller keeps them alive while a kernel reads them."""
+    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
+
+
+def run(call, backward: bool, *arguments: object) -> None:
+    """Runs a call object's forward or backward in workspace of the size that it asks for."""
+    workspace = torch.empty(call.workspace(backward), dtype=torch.uint8)
+    (call.backward if backward else call.forward)(workspace.data_ptr(), *arguments)
+
+
+def empty_grads(needs: list[bool], *tensors: Tensor | None) -> list[Tensor | None]:
+    """An uninitialised gradient for every tensor that needs one, else None."""
+    return [tensor.new_empty(tensor.shape) if need and tensor is not None else None for need, tensor in zip(needs, tensors)]
+
+
+def given(grads: list[Tensor | None], like: Tensor) -> list[Tensor]:
+    """The gradients as an operator returns them: an empty (0,) tensor where there is none."""
+    return [like.new_empty(0) if grad is None else grad for grad in grads]
+
+
+def residual_settings(x: Tensor, dropout_p: float, seed: Tensor | None, row_scale: Tensor | None) -> tuple[tuple, Tensor | None]:
+    """((p, seed, row_scale's address, rows per sample), the tensor to keep alive) for x (B, ..., C)."""
+    scale = None if row_scale is None else row_scale.float().contiguous()
+    rows_per_sample = 1 if scale is None else max(1, x.numel() // x.shape[-1] // max(1, x.shape[0]))
+    value = 0 if seed is None or dropout_p == 0.0 else int(seed)
+    return (dropout_p, value, pointer(scale), rows_per_sample), scale

@@ -18,6 +18,7 @@ from deit_fast.training.device import resolve_device, set_determinism
 from deit_fast.training.distillation import Objective
 from deit_fast.training.engine import Job, Trainer, check_resumable
 from deit_fast.training.evaluation import evaluate
+from deit_fast.training.files import remove_leftovers
 from deit_fast.training.finish import finish, is_finished
 from deit_fast.training.optim import ModelEma
 from deit_fast.training.progress import Log
@@ -77,6 +78,7 @@ def _train(config: Config, data: ImageData, model: VisionTransformer, resume: Pa
             log(f"{output_dir} holds a finished run of {state['epoch']} epochs: nothing to do. Its results are in "
                 "summary.json; train longer with more --epochs, or start anew with another --output-dir.")
             return
+    remove_leftovers(output_dir)
     report.write_config(output_dir / "config.yaml", to_dict(config) | {"resume": None})
     teacher, teacher_report = None, None
     if model.distilled:

@@ -9,7 +9,7 @@ from rich.table import Table
 import deit_fast
 from deit_fast.backend import BACKENDS
 from deit_fast.kernels import cpu
-from deit_fast.training.run import describe_device, versions
+from deit_fast.training.device import describe_device, versions
 
 
 def main() -> None:

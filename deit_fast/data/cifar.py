@@ -59,7 +59,7 @@ def load_cifar(name: str, path: Path | None, download: bool, log: Callable[[str]
                 ) from None
             log(f"downloading {kind.url} to {root}")
         try:
-            with _socket_timeout(STALL_SECONDS):
+            with socket_timeout(STALL_SECONDS):
                 kind(str(root), train=True, download=True)
             splits = _read_cifar(kind, root)
         except (OSError, RuntimeError, EOFError, tarfile.TarError, zlib.error, HTTPException) as error:
@@ -96,7 +96,7 @@ def unreachable(url: str, seconds: float) -> str | None:
 
 
 @contextmanager
-def _socket_timeout(seconds: float) -> Iterator[None]:
+def socket_timeout(seconds: float) -> Iterator[None]:
     """Bounds every wait for bytes inside: torchvision's download sets no limit and would hang on a stalled host."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)

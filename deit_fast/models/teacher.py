@@ -8,11 +8,15 @@ GFLOP a forward against 0.17).
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 
+import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 
 STEMS = ("imagenet", "cifar")
+_WITHOUT_AUXILIARY_HEADS = {"aux_logits": False, "init_weights": True}
+_SETTINGS = {"googlenet": _WITHOUT_AUXILIARY_HEADS, "inception_v3": _WITHOUT_AUXILIARY_HEADS}
 
 
 def list_teachers() -> list[str]:
@@ -20,14 +24,15 @@ def list_teachers() -> list[str]:
     return torchvision.models.list_models(module=torchvision.models)
 
 
-def create_teacher(name: str, num_classes: int, stem: str = "imagenet", weights: str | None = None) -> nn.Module:
+def create_teacher(name: str, num_classes: int, stem: str = "imagenet",
+                   pretrained: Mapping[str, Tensor] | None = None) -> nn.Module:
     """A torchvision classifier with a head for `num_classes`: (B, 3, H, W) -> (B, num_classes).
 
     Args:
         name: one of `list_teachers()`, such as "resnet50".
         stem: "imagenet" (as published) or "cifar" (3x3 convolution of stride 1, no max-pooling; ResNets only).
-        weights: None for a fresh network; "DEFAULT" for torchvision's pretrained one, downloaded if need be, whose head is
-            replaced by a fresh one.
+        pretrained: torchvision's weights of the network, taken over where the shapes agree: the head, and a CIFAR stem,
+            start fresh.
 
     Raises ValueError for an unknown name (with the nearest ones) or a stem that the architecture does not have.
     """
@@ -36,19 +41,22 @@ def create_teacher(name: str, num_classes: int, stem: str = "imagenet", weights:
         raise ValueError(f"there is no teacher {name!r}. Nearest of torchvision's: {', '.join(near)}.")
     if stem not in STEMS:
         raise ValueError(f"stem must be one of {', '.join(STEMS)}, got {stem!r}.")
-    network = torchvision.models.get_model(name, weights=weights)
+    network = torchvision.models.get_model(name, num_classes=num_classes, **_SETTINGS.get(name, {}))
     if stem == "cifar":
         if not isinstance(network, torchvision.models.ResNet):
             raise ValueError(f"{name} has no CIFAR stem: that is defined for ResNets. Use stem 'imagenet' or a ResNet.")
         network.conv1 = nn.Conv2d(3, network.conv1.out_channels, kernel_size=3, padding=1, bias=False)
         nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
         network.maxpool = nn.Identity()
-    _replace_head(network, num_classes)
+    if pretrained is not None:
+        own = network.state_dict()
+        fitting = {key: value for key, value in pretrained.items() if key in own and own[key].shape == value.shape}
+        network.load_state_dict(own | fitting)
     return network
 
 
-def _replace_head(network: nn.Module, num_classes: int) -> None:
-    """Puts a fresh linear layer in place of the last one, which is the classifier in all of torchvision's networks."""
-    path, head = [(path, module) for path, module in network.named_modules() if isinstance(module, nn.Linear)][-1]
-    parent, _, name = path.rpartition(".")
-    setattr(network.get_submodule(parent), name, nn.Linear(head.in_features, num_classes, bias=head.bias is not None))
+def head_of(name: str, stem: str = "imagenet") -> str:
+    """The name of the tensor whose first dimension is the class count: the one that differs between two networks."""
+    with torch.device("meta"):
+        few, more = (create_teacher(name, num_classes, stem).state_dict() for num_classes in (2, 3))
+    return next(key for key in few if few[key].shape != more[key].shape)

@@ -6,15 +6,15 @@ optimizer, torch's RNG states, the position and the running sums, so a run kille
 the weights of an undisturbed one, bit for bit on the same CPU and thread count.
 
 Nothing in a step waits for the device. The loss is summed there, and the first step whose loss is not finite is noted
-there; both are read once per log interval, before a checkpoint and at the end of an epoch.
+there; both are read once per log interval, before a checkpoint and at the end of an epoch. (fp16 is the exception: its
+loss scaler looks at the gradients in every step.) A state that is not finite never reaches a file.
 """
 
 from __future__ import annotations
 
-import signal
+import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -25,17 +25,12 @@ from deit_fast.data.loader import EvalLoader, TrainLoader
 from deit_fast.errors import CheckpointError, TrainingError
 from deit_fast.training import checkpoint, report
 from deit_fast.training.config import OptimConfig, RunConfig
+from deit_fast.training.device import autocast
+from deit_fast.training.evaluation import measure
+from deit_fast.training.interrupt import Interrupted, StopSignals
 from deit_fast.training.metrics import Evaluation
 from deit_fast.training.optim import ModelEma, Schedule, create_optimizer, load_optimizer
 from deit_fast.training.progress import Log, Progress
-
-
-class Interrupted(Exception):
-    """SIGINT or SIGTERM arrived; the run is saved and can be resumed."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signal.Signals(signum).name)
-        self.signum = signum
 
 
 @dataclass
@@ -44,8 +39,9 @@ class Job:
 
     settings: what makes the run what it is, as plain values; a checkpoint with other settings is refused.
     metadata: plain values that go into the weights' files.
-    seed: key of the first update's dropout masks when the fused ops draw them, None for PyTorch's own dropout.
-    mixing_off: the epoch from which MixUp and CutMix are off; 0: never.
+    seed: key of the first batch's dropout masks when the fused ops draw them, None for PyTorch's own dropout.
+    mixing_off: the epoch, counted from 0, from which MixUp and CutMix are off; 0: never.
+    title: what the progress lines begin with.
     """
 
     name: str
@@ -57,16 +53,29 @@ class Job:
     output_dir: Path
     settings: dict
     metadata: dict = field(default_factory=dict)
-    seed: int | None = None
+    seed: Tensor | None = None
     ema: ModelEma | None = None
     mixing_off: int = 0
+    title: str = ""
+
+
+def check_resumable(path: Path, state: dict, name: str, num_classes: int, settings: dict) -> None:
+    """Raises CheckpointError unless `state`, read from `path`, is of a run of this model with these settings."""
+    checkpoint.check_matches(path, state, name=name, num_classes=num_classes)
+    if "settings" not in state:
+        raise CheckpointError(f"{path} holds weights only and cannot be resumed. Use last.pt, or --finetune.")
+    theirs = state["settings"]
+    different = [key for key in settings if key not in theirs or theirs[key] != settings[key]]
+    if different:
+        listed = "; ".join(f"{key}: {theirs.get(key)!r} there, {settings[key]!r} here" for key in sorted(different))
+        raise CheckpointError(f"{path} is of a run with other settings ({listed}). Resume with the same ones, or start "
+                              "anew with another --output-dir.")
 
 
 class Trainer:
     """Trains a Job. `restore` first to go on from a checkpoint, then `fit`."""
 
-    def __init__(self, job: Job, optim: OptimConfig, run: RunConfig, device: torch.device,
-                 log: Log) -> None:
+    def __init__(self, job: Job, optim: OptimConfig, run: RunConfig, device: torch.device, log: Log) -> None:
         self.job, self.optim, self.run, self.device, self.log = job, optim, run, device, log
         self.accumulate = optim.grad_accum_steps
         self.updates_per_epoch = len(job.train) // self.accumulate
@@ -77,72 +86,88 @@ class Trainer:
         self.schedule = Schedule(optim, self.updates_per_epoch, job.train.batch_size)
         self.optimizer = create_optimizer(job.model, optim)
         self.forward = torch.compile(job.model) if run.torchcompile else job.model
-        fp16 = run.amp and run.amp_dtype == "float16"
-        self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
-        self.seed = None if job.seed is None else torch.tensor(job.seed, device=device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=run.amp and run.amp_dtype == "float16")
+        self.signals = StopSignals()
         self.epoch = self.step = 0  # the position: `step` batches of `epoch` are done
         self.seconds = 0.0  # spent on the steps of this epoch
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)  # step of this epoch, -1: none
         self.history: list[dict] = []
         self.best: dict | None = None
-        self._signal: int | None = None
+        self.started, self.earlier_seconds = time.monotonic(), 0.0
 
     @property
     def last(self) -> Path:
         """The file of the latest state."""
         return self.job.output_dir / "last.pt"
 
+    @property
+    def wall_seconds(self) -> float:
+        """How long the run has taken, with what it took before it was resumed."""
+        return self.earlier_seconds + time.monotonic() - self.started
+
     def fit(self) -> list[dict]:
         """The rows of metrics.csv, one per epoch, after training to the last epoch."""
         self._write_history()
-        with self._signals(), Progress(self.optim.epochs, self.steps_per_epoch, self.job.train.batch_size, self.log) as bar:
+        last_row = self.history[-1] if self.history else None
+        with self.signals, Progress(self.job.title, self.optim.epochs, self.steps_per_epoch, self.job.train.batch_size,
+                                    self.log, last_row) as progress:
             while self.epoch < self.optim.epochs:
-                self._train_epoch(bar)
-                row = self._evaluate_epoch()
-                bar.epoch_done(row)
+                self._train_epoch(progress)
+                progress.evaluation_starts()
+                progress.epoch_done(self._evaluate_epoch())
         return self.history
 
-    def _train_epoch(self, bar: Progress) -> None:
-        job = self.job
-        if job.mixing_off and self.epoch >= job.mixing_off:
-            job.train.recipe = replace(job.train.recipe, mixup=0.0, cutmix=0.0, cutmix_minmax=None)
-        job.model.train()
-        bar.epoch_starts(self.epoch, self.step)
-        started = time.perf_counter()
-        for images, targets in self._batches():
-            self._train_step(images, targets)
+    def _train_epoch(self, progress: Progress) -> None:
+        self.job.model.train()
+        progress.epoch_starts(self.epoch, self.step)
+        batches = self._batches()
+        clock = time.perf_counter()
+        while self.step < self.steps_per_epoch:
+            self._train_step(*next(batches))
+            progress.tick(self.step)
             if self.step % self.run.log_interval == 0 or self.step == self.steps_per_epoch:
-                self._check_finite()
-                bar.advance(self.step, self.loss_sum.item() / self.step)
+                self._check_loss()
+                progress.report(self.step, self.loss_sum.item() / self.step)
             if self.step % self.accumulate:
                 continue  # gradients are under way: nothing to save here
-            now = time.perf_counter()
-            self.seconds, started = self.seconds + now - started, now
-            if self._signal is not None:
-                self._stop()
-            if self.run.checkpoint_interval and self.step % self.run.checkpoint_interval == 0:
+            self.seconds += time.perf_counter() - clock
+            self._stop_if_asked()
+            if self._checkpoint_is_due():
                 self.save()
+            clock = time.perf_counter()
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        batches = self.job.train.epoch(self.epoch, self.step)
-        for _ in range(self.step, self.steps_per_epoch):
-            yield next(batches)
+        """The rest of the epoch; its plan is drawn here, with or without mixing, and the loader's recipe left alone."""
+        loader, recipe = self.job.train, self.job.train.recipe
+        if self.job.mixing_off and self.epoch >= self.job.mixing_off:
+            loader.recipe = replace(recipe, mixup=0.0, cutmix=0.0, cutmix_minmax=None)
+        try:
+            return loader.epoch(self.epoch, self.step)
+        finally:
+            loader.recipe = recipe
 
     def _train_step(self, images: Tensor, targets: Tensor) -> None:
         """One batch (B, 3, H, W), (B, K); the optimizer's step when enough gradients are gathered."""
-        update = self.epoch * self.updates_per_epoch + self.step // self.accumulate
-        with self._autocast():
-            outputs = self.forward(images) if self.seed is None else self.forward(images, self.seed + self._batch_number())
-            loss = self.job.objective(images, outputs, targets)
+        with autocast(self.device, self.run):
+            loss = self.job.objective(images, self._outputs(images), targets)
         self.scaler.scale(loss / self.accumulate).backward()
         self.loss_sum += loss.detach()
         bad = ~torch.isfinite(loss.detach()) & (self.first_bad < 0)
         self.first_bad = torch.where(bad, self.step, self.first_bad)
         self.step += 1
-        if self.step % self.accumulate:
-            return
-        self.schedule.set(self.optimizer, update)
+        if self.step % self.accumulate == 0:
+            self._update()
+
+    def _outputs(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """What the model makes of images (B, 3, H, W); no two batches of a run have the same dropout seed."""
+        if self.job.seed is None:
+            return self.forward(images)
+        return self.forward(images, self.job.seed + (self.epoch * self.steps_per_epoch + self.step))
+
+    def _update(self) -> None:
+        """The optimizer's step, with the gradients of the last `accumulate` batches."""
+        self.schedule.set(self.optimizer, self._updates_done() - 1)
         if self.optim.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.job.model.parameters(), self.optim.clip_grad)
@@ -152,23 +177,28 @@ class Trainer:
         if self.job.ema is not None:
             self.job.ema.update(self.job.model)
 
-    def _batch_number(self) -> int:
-        return self.epoch * self.steps_per_epoch + self.step
+    def _updates_done(self) -> int:
+        return self.epoch * self.updates_per_epoch + self.step // self.accumulate
+
+    def _checkpoint_is_due(self) -> bool:
+        """Whether the last update completed another --checkpoint-interval of batches."""
+        interval = self.run.checkpoint_interval
+        return interval > 0 and self.step // interval > (self.step - self.accumulate) // interval
 
     def _evaluate_epoch(self) -> dict:
         """The epoch's row; writes best.pt, last.pt and metrics.csv, and moves to the next epoch."""
-        self._check_finite()
-        update = (self.epoch + 1) * self.updates_per_epoch - 1
-        row = {"epoch": self.epoch + 1, "lr": self.schedule.lr(update), "train_loss": self.loss_sum.item() / self.step}
+        self._check_state()
+        row = {"epoch": self.epoch + 1, "lr": self.schedule.lr(self._updates_done() - 1),
+               "train_loss": self.loss_sum.item() / self.step}
         row |= self.evaluate(self.forward)
         if self.job.ema is not None:
             row |= {f"ema_{name}": value for name, value in self.evaluate(self.job.ema.module).items()}
         row |= {"images_per_second": self.step * self.job.train.batch_size / max(self.seconds, 1e-9),
                 "seconds": self.seconds}
         self.history.append(row)
+        self._keep_best(row)
         self.epoch, self.step, self.seconds = self.epoch + 1, 0, 0.0
         self.loss_sum.zero_()
-        self._keep_best(row)
         self.save()
         self._write_history()
         return row
@@ -180,19 +210,10 @@ class Trainer:
             values |= {f"{split}_{name}": value for name, value in self.measure(model, split).compute().items()}
         return values
 
-    @torch.no_grad()
     def measure(self, model: nn.Module, split: str) -> Evaluation:
-        """The Evaluation of a model on one split."""
-        evaluation = Evaluation(self.job.num_classes, self.device)
-        training = model.training
-        model.eval()
-        with self._autocast():
-            for images, labels in self.job.splits[split]:
-                if self._signal is not None:
-                    self._stop()
-                evaluation.update(model(images), labels)
-        model.train(training)
-        return evaluation
+        """The Evaluation of a model on one split; a signal ends it between two batches."""
+        batches = (self._stop_if_asked() or batch for batch in self.job.splits[split])
+        return measure(model, batches, self.job.num_classes, self.device, self.run)
 
     def _keep_best(self, row: dict) -> None:
         """Writes best.pt when the row is the best so far by validation, or always when there is no validation split."""
@@ -201,11 +222,11 @@ class Trainer:
         if name not in row:
             best = {"epoch": row["epoch"], "metric": "last epoch", "value": None}
         else:
-            value = row[name]
-            before = None if self.best is None else self.best["value"]
-            if before is not None and (value >= before if metric == "loss" else value <= before):
+            best = {"epoch": row["epoch"], "metric": name, "value": row[name]}
+            sign = -1.0 if metric == "loss" else 1.0
+            before = math.nan if self.best is None else self.best["value"]
+            if not math.isnan(before) and not sign * row[name] > sign * before:
                 return
-            best = {"epoch": row["epoch"], "metric": name, "value": value}
         self.best = best
         checkpoint.save(self.job.output_dir / "best.pt", self._weights() | {"best": best, "row": row})
 
@@ -216,70 +237,63 @@ class Trainer:
                 "ema": None if ema is None else ema.state_dict()}
 
     def save(self) -> None:
-        """Writes last.pt, unless the loss is no longer finite."""
-        self._check_finite()
+        """Writes last.pt; TrainingError instead when the state is not finite."""
+        self._check_state()
         checkpoint.save(self.last, self._weights() | {
             "settings": self.job.settings, "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-            "epoch": self.epoch, "step": self.step, "seconds": self.seconds, "loss_sum": self.loss_sum.item(),
-            "rng": checkpoint.rng_state(), "history": self.history, "best": self.best})
+            "epoch": self.epoch, "step": self.step, "seconds": self.seconds, "wall_seconds": self.wall_seconds,
+            "loss_sum": self.loss_sum.item(), "rng": checkpoint.rng_state(), "history": self.history, "best": self.best})
 
-    def restore(self, path: Path) -> None:
-        """Continues from a checkpoint; CheckpointError when it is of another model or of other settings."""
-        state = checkpoint.load(path, self.device)
-        checkpoint.check_matches(path, state, name=self.job.name, num_classes=self.job.num_classes)
-        if "settings" not in state:
-            raise CheckpointError(f"{path} holds weights only and cannot be resumed. Use last.pt, or --finetune.")
-        theirs, ours = state["settings"], self.job.settings
-        different = [key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)]
-        if different:
-            listed = "; ".join(f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} here" for key in sorted(different))
-            raise CheckpointError(f"{path} is of a run with other settings ({listed}). Resume with the same ones, or start "
-                                  "anew with another --output-dir.")
+    def restore(self, path: Path, state: dict) -> None:
+        """Continues from `state`, read from `path`; CheckpointError when it is of another model or of other settings."""
+        check_resumable(path, state, self.job.name, self.job.num_classes, self.job.settings)
+        if state["best"] is not None:
+            self._adopt_best(path)
         self.job.model.load_state_dict(state["model"])
         if self.job.ema is not None:
             self.job.ema.load_state_dict(state["ema"])
         load_optimizer(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
+        self.earlier_seconds = state["wall_seconds"]
         self.loss_sum.fill_(state["loss_sum"])
         self.history, self.best = state["history"], state["best"]
         checkpoint.set_rng_state(state["rng"])
 
-    def _check_finite(self) -> None:
+    def _adopt_best(self, path: Path) -> None:
+        """Sees to it that best.pt, which a checkpoint counts on, is in the output folder."""
+        ours, theirs = self.job.output_dir / "best.pt", path.parent / "best.pt"
+        if theirs.exists() and theirs.resolve() != ours.resolve():
+            checkpoint.save(ours, checkpoint.load(theirs))
+        elif not ours.exists():
+            raise CheckpointError(f"{path} counts on {theirs}, the weights of the best epoch so far, and that file is gone. "
+                                  "Put it back, or start anew with another --output-dir.")
+
+    def _check_loss(self) -> None:
+        """Raises TrainingError when the loss of some step was not finite."""
         bad = int(self.first_bad)
-        if bad < 0:
-            return
-        update = self.epoch * self.updates_per_epoch + bad // self.accumulate
-        good = f"The last good checkpoint is {self.last}" if self.last.exists() else "There is no checkpoint yet"
+        if bad >= 0:
+            self._diverged(f"the loss is not finite at step {bad + 1} of epoch {self.epoch + 1}", bad)
+
+    def _check_state(self) -> None:
+        """Raises TrainingError when a loss was or a weight is not finite: the last update shows in no loss yet."""
+        self._check_loss()
+        tensors = [tensor for tensor in self.job.model.state_dict().values() if tensor.is_floating_point()]
+        if not torch.stack(torch._foreach_norm(tensors, ord=torch.inf)).isfinite().all():
+            self._diverged(f"the weights are not finite after step {self.step} of epoch {self.epoch + 1}", self.step - 1)
+
+    def _diverged(self, fact: str, step: int) -> None:
+        lr = self.schedule.lr(self.epoch * self.updates_per_epoch + step // self.accumulate)
         scale = f", loss scale {self.scaler.get_scale():g}" if self.scaler.is_enabled() else ""
-        raise TrainingError(f"the loss is not finite at step {bad + 1} of epoch {self.epoch + 1} (learning rate "
-                            f"{self.schedule.lr(update):.3g}{scale}). {good}. Lower --lr, or limit gradients with "
+        good = f"The last good checkpoint is {self.last}" if self.last.exists() else "There is no checkpoint yet"
+        raise TrainingError(f"{fact} (learning rate {lr:.3g}{scale}). {good}. Lower --lr, or limit gradients with "
                             "--clip-grad 1.0.")
 
     def _write_history(self) -> None:
         if self.history:
             report.write_metrics_csv(self.job.output_dir / "metrics.csv", self.history)
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, getattr(torch, self.run.amp_dtype), enabled=self.run.amp)
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM inside end the run after the step at hand; a second one ends it at once."""
-        before = {}
-
-        def remember(signum: int, _frame: object) -> None:
-            self._signal = signum
-            signal.signal(signum, before[signum])
-
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            before[signum] = signal.signal(signum, remember)
-        try:
-            yield
-        finally:
-            for signum, handler in before.items():
-                signal.signal(signum, handler)
-
-    def _stop(self) -> None:
-        self.save()
-        raise Interrupted(self._signal)
+    def _stop_if_asked(self) -> None:
+        if self.signals.arrived is not None:
+            self.save()
+            raise Interrupted(self.signals.arrived)

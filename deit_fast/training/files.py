@@ -3,7 +3,7 @@
 `os.replace` within one folder is atomic for everyone who opens the file afterwards, but the kernel may put the
 rename on the disk before the data. So the order is: write under a temporary name in the same folder, flush, fsync the
 file, rename, fsync the folder. A crash at any point leaves the old file whole; a run killed in the middle may leave
-`.<name>.*.tmp` behind, which nothing reads. The price is one fsync per file: milliseconds on a local disk, paid once
+`.<name>.*.tmp` behind, which nothing reads and `remove_leftovers` clears away. The price is one fsync per file: milliseconds on a local disk, paid once
 per epoch and per checkpoint interval.
 """
 
@@ -72,6 +72,12 @@ def atomic_write(path: str | os.PathLike[str], writer: Callable[[BinaryIO], obje
         reason = error.strerror or str(error)
         kept = "The file that was there before is unchanged" if target.is_file() else "Nothing was written"
         raise CheckpointError(f"could not write {asked}: {reason}. {kept}; {remedy}.") from error
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Deletes what killed writes left in `folder`; no other process may be writing there."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def _replace(target: Path, writer: Callable[[BinaryIO], object]) -> None:

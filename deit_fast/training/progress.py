@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
+
+REDRAW_SECONDS = 0.1
 
 
 class Log:
@@ -20,19 +22,25 @@ class Log:
 
 
 class Progress:
-    """Epoch, loss, top-1, images per second and time left of a run; a context manager."""
+    """Epoch, loss, top-1 of the last evaluation, images per second and time left of a run; a context manager.
 
-    def __init__(self, epochs: int, steps_per_epoch: int, batch_size: int, log: Log) -> None:
-        self.epochs, self.steps, self.batch_size, self.log = epochs, steps_per_epoch, batch_size, log
+    The loss and the top-1 are those that were read last: nothing here waits for the device.
+    """
+
+    def __init__(self, title: str, epochs: int, steps_per_epoch: int, batch_size: int, log: Log,
+                 last_row: dict | None = None) -> None:
+        self.title, self.epochs, self.steps, self.batch_size, self.log = title, epochs, steps_per_epoch, batch_size, log
+        self.epoch = 0
+        self.top1 = None if last_row is None else last_row[_top1(last_row)]
+        self.rate = 0.0  # images per second since the last report
+        self.evaluation_seconds = 0.0  # of the last evaluation
+        self.mark = (time.perf_counter(), 0)  # (moment, step) of the last report
+        self.drawn = 0.0
         self.bar = None
         if log.console.is_terminal:
-            self.bar = Bar(TextColumn("epoch {task.fields[epoch]}"), BarColumn(None), MofNCompleteColumn(),
-                           TextColumn("{task.fields[words]}"), TimeElapsedColumn(), console=log.console)
-            self.task = self.bar.add_task("", total=steps_per_epoch, epoch=f"1/{epochs}", words="")
-        self.epoch = 0
-        self.top1: float | None = None
-        self.mark = (time.perf_counter(), 0)  # (moment, step) of the last report
-        self.rate = 0.0
+            self.bar = Bar(TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(),
+                           TextColumn("{task.fields[words]}"), console=log.console)
+            self.task = self.bar.add_task(title, total=steps_per_epoch, words="")
 
     def __enter__(self) -> Progress:
         if self.bar:
@@ -47,36 +55,63 @@ class Progress:
         """Epoch `epoch` (from 0) goes on from `step`."""
         self.epoch, self.mark = epoch, (time.perf_counter(), step)
         if self.bar:
-            self.bar.reset(self.task, total=self.steps, completed=step, epoch=f"{epoch + 1}/{self.epochs}", words="")
+            self.bar.reset(self.task, total=self.steps, completed=step, description=self._name(), words=self._words(None, step))
 
-    def advance(self, step: int, loss: float) -> None:
+    def tick(self, step: int) -> None:
+        """`step` batches of the epoch are handed to the device."""
+        now = time.perf_counter()
+        if self.bar and now - self.drawn > REDRAW_SECONDS:
+            self.drawn = now
+            self.bar.update(self.task, completed=step)
+
+    def report(self, step: int, loss: float) -> None:
         """`step` batches of the epoch are done, with this mean loss."""
         now, (moment, before) = time.perf_counter(), self.mark
         self.mark = (now, step)
         if step > before:
-            self.rate = (step - before) * self.batch_size / (now - moment)
-        left = (self.epochs - self.epoch - 1) * self.steps + self.steps - step
-        top1 = "" if self.top1 is None else f"  top-1 {self.top1:.3f}"
-        words = (f"loss {loss:.4f}{top1}  {self.rate:,.0f} img/s  "
-                 f"ETA {_duration(left * self.batch_size / max(self.rate, 1e-9))}")
+            self.rate = (step - before) * self.batch_size / max(now - moment, 1e-9)
+        words = self._words(loss, step)
         if self.bar:
             self.bar.update(self.task, completed=step, words=words)
         else:
-            self.log(f"epoch {self.epoch + 1}/{self.epochs}  step {step}/{self.steps}  {words}")
+            self.log(f"{self._name()}  step {step}/{self.steps}  {words}")
+
+    def evaluation_starts(self) -> None:
+        """The steps of the epoch are done; its evaluation comes next."""
+        self.mark = (time.perf_counter(), self.steps)
+        if self.bar:
+            self.bar.update(self.task, completed=self.steps, words="evaluating")
 
     def epoch_done(self, row: dict) -> None:
         """An epoch's row of metrics."""
+        self.evaluation_seconds = time.perf_counter() - self.mark[0]
+        self.top1 = row[_top1(row)]
         split = "val" if "val_top1" in row else "test"
-        self.top1 = row[f"{split}_top1"]
-        line = (f"epoch {row['epoch']}/{self.epochs} done: train loss {row['train_loss']:.4f}, {split} loss "
-                f"{row[f'{split}_loss']:.4f}, top-1 {self.top1:.4f}, top-5 {row[f'{split}_top5']:.4f}, AUC "
-                f"{row[f'{split}_auc']:.4f}, F1 {row[f'{split}_f1']:.4f}")
+        line = (f"{self._name()} done: train loss {row['train_loss']:.4f}, {split} loss {row[f'{split}_loss']:.4f}, "
+                f"top-1 {row[f'{split}_top1']:.4f}, top-5 {row[f'{split}_top5']:.4f}, AUC {row[f'{split}_auc']:.4f}, "
+                f"F1 {row[f'{split}_f1']:.4f}")
         if f"ema_{split}_top1" in row:
             line += f", EMA top-1 {row[f'ema_{split}_top1']:.4f}"
-        self.log(f"{line}  ({row['images_per_second']:,.0f} img/s, {_duration(row['seconds'])})")
+        self.log(f"{line}  ({row['images_per_second']:,.0f} img/s, {duration(row['seconds'])})")
+
+    def _name(self) -> str:
+        return f"{self.title}epoch {self.epoch + 1}/{self.epochs}"
+
+    def _words(self, loss: float | None, step: int) -> str:
+        """Loss, top-1, speed and time left; a dash for what is not known yet."""
+        epochs = self.epochs - self.epoch - 1
+        images = (epochs * self.steps + self.steps - step) * self.batch_size
+        left = None if self.rate == 0.0 else duration(images / self.rate + (epochs + 1) * self.evaluation_seconds)
+        return (f"loss {'-' if loss is None else f'{loss:.4f}'}  top-1 {'-' if self.top1 is None else f'{self.top1:.4f}'}  "
+                f"{self.rate:,.0f} img/s  ETA {left or '-'}")
 
 
-def _duration(seconds: float) -> str:
+def _top1(row: dict) -> str:
+    """The column of the top-1 that counts: the validation split's, where there is one."""
+    return "val_top1" if "val_top1" in row else "test_top1"
+
+
+def duration(seconds: float) -> str:
     """h:mm:ss, or m:ss below an hour."""
     minutes, seconds = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)

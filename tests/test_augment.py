@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from augment_plans import MEAN, STD, random_images, random_plan
-from conftest import skip_or_fail
 from deit_fast import ops, reference
 from deit_fast.backend import BackendError
 from deit_fast.data.augmentation import Plan, Recipe, neutral_plan, sample_plan
 from deit_fast.kernels import cpu
 from deit_fast.ops.augment import OP
 from deit_fast.ops.augment_values import check_values
+from needs import skip_or_fail
 
 NATIVE = [backend for backend in ("cpu", "cuda") if backend in OP.offers]
 NOISE = 2e-6  # |native - reference| of one N(0, 1) number: some roundings of 5.8, the largest there is

@@ -97,8 +97,8 @@ AUGMENT_FN uint16_t to_bfloat16(float x) {
     return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-// Round to nearest even; finite x, infinity from 65520 on. Values below the least normal number, 2^-14, are rounded by adding
-// 1/2, whose last bit is half precision's smallest step.
+// Round to nearest even; finite x, infinity from 65520 on. Values below the least normal number, 2^-14, are rounded by
+// adding 1/2, whose last bit is half precision's smallest step.
 AUGMENT_FN uint16_t to_float16(float x) {
     const uint32_t bits = float_bits(x), magnitude = bits & 0x7fffffffu, sign = (bits >> 16) & 0x8000u;
     const uint32_t small = float_bits(bits_float(magnitude) + 0.5f) - 0x3f000000u;
@@ -109,17 +109,19 @@ AUGMENT_FN uint16_t to_float16(float x) {
 
 // ---- noise ----
 
+constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u, kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
+
 // Philox4x32-10 of counter (c0, 0, 0, 0): Salmon et al., SC 2011.
 AUGMENT_FN void philox(uint32_t c0, uint32_t k0, uint32_t k1, uint32_t& w0, uint32_t& w1, uint32_t& w2, uint32_t& w3) {
     uint32_t c1 = 0, c2 = 0, c3 = 0;
     for (int round = 0; round < 10; ++round) {
-        const uint64_t p0 = uint64_t(c0) * 0xD2511F53u, p1 = uint64_t(c2) * 0xCD9E8D57u;
+        const uint64_t p0 = uint64_t(c0) * kPhiloxM0, p1 = uint64_t(c2) * kPhiloxM1;
         c0 = uint32_t(p1 >> 32) ^ c1 ^ k0;
         c1 = uint32_t(p1);
         c2 = uint32_t(p0 >> 32) ^ c3 ^ k1;
         c3 = uint32_t(p0);
-        k0 += 0x9E3779B9u;
-        k1 += 0xBB67AE85u;
+        k0 += kPhiloxW0;
+        k1 += kPhiloxW1;
     }
     w0 = c0, w1 = c1, w2 = c2, w3 = c3;
 }
@@ -145,14 +147,15 @@ AUGMENT_FN float noise_radius(uint32_t word) {
     return sqrtf(-2.0f * fmaf(e, 0.693147182f, log1p));
 }
 
-// cos and sin of 2 pi v for v = (word >> 8) / 2^24: the quarter turn is taken off in integers, exactly; the rest is below
-// pi / 4, where the polynomials in the angle's square are good to 2e-8.
+// cos and sin of 2 pi v for v = (word >> 8) / 2^24: the quarter turn is taken off in integers, exactly; the rest is
+// below pi / 4, where the polynomials in the angle's square are good to 2e-8.
 AUGMENT_FN void noise_angle(uint32_t word, float& cosine, float& sine) {
     const int32_t turn = int32_t(word >> 8), quarter = (turn + (1 << 21)) >> 22;
     const float x = float(turn - quarter * (1 << 22)) * 3.74507039e-7f;  // 2 pi / 2^24
     const float z = x * x;
     const float s = fmaf(x * z, fmaf(fmaf(-0.000195879504f, z, 0.0083327489f), z, -0.166666642f), x);
-    const float c = fmaf(z * z, fmaf(fmaf(2.45479914e-05f, z, -0.00138883037f), z, 0.0416666642f), fmaf(-0.5f, z, 1.0f));
+    const float q = fmaf(fmaf(2.45479914e-05f, z, -0.00138883037f), z, 0.0416666642f);
+    const float c = fmaf(z * z, q, fmaf(-0.5f, z, 1.0f));
     const float even = (quarter & 1) ? s : c, odd = (quarter & 1) ? c : s;
     cosine = ((quarter + 1) & 2) ? -even : even;
     sine = (quarter & 2) ? -odd : odd;

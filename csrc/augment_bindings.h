@@ -9,16 +9,17 @@
 
 #include "augment.h"
 
-// Defines augment_fwd(<the arguments of augment::Args>, resource, count) -> whatever launch(args, resource, count) returns;
-// resource and count are workspace and num_threads on the CPU, stream and device on a GPU.
+// Defines augment_fwd(<the arguments of augment::Args>, resource, count) -> whatever launch(args, resource, count)
+// returns; resource and count are workspace and num_threads on the CPU, stream and device on a GPU.
 template <class Launch>
 void bind_augment(pybind11::module_& m, Launch launch) {
     m.def("augment_fwd", [launch](uintptr_t images, std::array<int64_t, 4> strides, uintptr_t labels, uintptr_t index,
-                                  uintptr_t crop, uintptr_t flip, uintptr_t jitter_order, uintptr_t jitter, uintptr_t erase,
-                                  uintptr_t noise_key, uintptr_t partner, uintptr_t lam, uintptr_t cut, uintptr_t out,
-                                  uintptr_t targets, std::array<int64_t, 4> sizes, std::array<int32_t, 4> extent,
-                                  bool pixel_noise, bool channels_last, int dtype, std::array<double, 3> scale,
-                                  std::array<double, 3> bias, double on, double off, uintptr_t resource, int count) {
+                                  uintptr_t crop, uintptr_t flip, uintptr_t jitter_order, uintptr_t jitter,
+                                  uintptr_t erase, uintptr_t noise_key, uintptr_t partner, uintptr_t lam,
+                                  uintptr_t cut, uintptr_t out, uintptr_t targets, std::array<int64_t, 4> sizes,
+                                  std::array<int32_t, 4> extent, bool pixel_noise, bool channels_last, int dtype,
+                                  std::array<double, 3> scale, std::array<double, 3> bias, double on, double off,
+                                  uintptr_t resource, int count) {
         augment::Args a;
         a.images = reinterpret_cast<const uint8_t*>(images);
         a.stride_m = strides[0], a.stride_c = strides[1], a.stride_y = strides[2], a.stride_x = strides[3];

@@ -1,4 +1,4 @@
-"""Random but valid plans for the tests of `augment`: every field anywhere in its range, not only where sampling puts it."""
+"""Random but valid plans for the tests of `augment`: every field anywhere in its range, not where sampling puts it."""
 
 from __future__ import annotations
 

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from augment_plans import MEAN, STD, random_images, random_plan
-from conftest import skip_or_fail
 from deit_fast import ops, reference
 from deit_fast.backend import BackendError
 from deit_fast.data.augmentation import Plan, Recipe, neutral_plan, sample_plan
 from deit_fast.kernels import cpu
 from deit_fast.ops.augment import OP
 from deit_fast.ops.augment_values import check_values
+from needs import skip_or_fail
 
 NATIVE = [backend for backend in ("cpu", "cuda") if backend in OP.offers]
 NOISE = 2e-6  # |native - reference| of one N(0, 1) number: some roundings of 5.8, the largest there is
@@ -52,7 +52,8 @@ def on(backend: str, images: Tensor, labels: Tensor, plan: Plan) -> tuple[Tensor
     return images.to(device), labels.to(device), plan.to(device)
 
 
-def batch(B: int, source, size, layout: str, recount: int, remode: str = "const", seed: int = 0) -> tuple[Tensor, Tensor, Plan]:
+def batch(B: int, source, size, layout: str, recount: int, remode: str = "const",
+          seed: int = 0) -> tuple[Tensor, Tensor, Plan]:
     M = 2 * B + 1
     return (random_images(M, *source, layout), torch.arange(M) % 10,
             random_plan(B, M, source, size, recount, remode, seed))
@@ -95,11 +96,10 @@ def test_half_precision_extremes(native: str) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize(("B", "source", "size", "layout", "recount"), GRID[3:8])
+@pytest.mark.parametrize(("B", "source", "size", "layout", "recount"), GRID)
 def test_noise(native: str, B: int, source, size, layout: str, recount: int, seed: int) -> None:
     inputs = batch(B, source, size, layout, recount, "pixel", seed)
     (x, _), (expected, _) = both(native, inputs, size)
-    assert not torch.equal(expected, reference.augment(inputs[0], inputs[1], replace(inputs[2], remode="const"), MEAN, STD, 10, size)[0])
     assert (x - expected).abs().max() <= NOISE
     (x16, _), (expected16, _) = both(native, inputs, size, dtype=torch.bfloat16)
     assert ((x16.float() - expected16.float()).abs() <= 2**-7 * expected16.float().abs() + NOISE).all()
@@ -116,11 +116,11 @@ def test_noise_near_its_limits(native: str) -> None:
     assert ((x.cpu() - expected).abs() <= 3e-7 * expected.abs() + 3e-8).all()
 
 
-@pytest.mark.parametrize("recipe", [Recipe(crop_pad=4, hflip=0.5, brightness=0.4, contrast=0.4, saturation=0.4, reprob=0.5, remode="const",
-                                           mixup=0.8, cutmix=1.0, mixup_mode=mode) for mode in ("batch", "pair", "elem")],
-                         ids=lambda recipe: recipe.mixup_mode)
+@pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
 @pytest.mark.parametrize("B", [1, 7, 64])
-def test_sampled_plans(native: str, recipe: Recipe, B: int) -> None:
+def test_sampled_plans(native: str, mode: str, B: int) -> None:
+    recipe = Recipe(crop_pad=4, hflip=0.5, brightness=0.4, contrast=0.4, saturation=0.4, reprob=0.5, remode="const",
+                    mixup=0.8, cutmix=1.0, mixup_mode=mode)
     images, labels = random_images(20, 32, 32), torch.arange(20) % 10
     epoch = sample_plan(recipe, torch.arange(4 * B) % 20, 0, 0, B, 32)
     for start in range(0, 4 * B, B):
@@ -142,7 +142,8 @@ def test_any_strides(native: str, view: str) -> None:
 
 def test_no_rows(native: str) -> None:
     for M in (0, 3):
-        inputs = (random_images(M, 8, 8), torch.zeros(M, dtype=torch.int64), neutral_plan(torch.zeros(0, dtype=torch.int64)))
+        no_rows = neutral_plan(torch.zeros(0, dtype=torch.int64))
+        inputs = (random_images(M, 8, 8), torch.zeros(M, dtype=torch.int64), no_rows)
         for channels_last in (False, True):
             (x, t), _ = both(native, inputs, (5, 6), channels_last=channels_last)
             assert x.shape == (0, 3, 5, 6) and t.shape == (0, 10)
@@ -202,7 +203,7 @@ def test_compiled_code_checks_values() -> None:
     if cpu.why_not():
         skip_or_fail("cpu", cpu.why_not())
     images, labels, plan = batch(4, (8, 8), (8, 8), "chw", 1)
-    compiled = torch.compile(lambda plan: ops.augment(images, labels, plan, MEAN, STD, 10, backend="cpu"), fullgraph=True)
+    compiled = torch.compile(lambda p: ops.augment(images, labels, p, MEAN, STD, 10, backend="cpu"), fullgraph=True)
     compiled(plan)
     with pytest.raises(ValueError, match="plan.index must be in"):
         compiled(replace(plan, index=plan.index + 100))
@@ -212,13 +213,16 @@ def test_compiled_code_checks_values() -> None:
 
 BAD_VALUES = [  # field, row, value, how the message begins
     ("index", 2, -1, r"plan.index must be in \[0, 8\], got -1 in row 2"), ("index", 0, 9, "plan.index"),
-    ("crop", 1, -33, r"plan.crop \(y\) must be in \[-32, 32\], got -33 in row 1"), ("crop", 1, 2**31 - 1, r"plan.crop \(y\)"),
-    ("jitter_order", 3, 0, "plan.jitter_order must be a permutation of 0, 1, 2"), ("jitter_order", 3, 255, "plan.jitter_order"),
+    ("crop", 1, -33, r"plan.crop \(y\) must be in \[-32, 32\], got -33 in row 1"),
+    ("crop", 1, 2**31 - 1, r"plan.crop \(y\)"),
+    ("jitter_order", 3, 0, "plan.jitter_order must be a permutation of 0, 1, 2"),
+    ("jitter_order", 3, 255, "plan.jitter_order"),
     ("jitter", 3, -1, "plan.jitter must be in"), ("jitter", 0, (64 << 16) + 1, "plan.jitter"),
     ("erase", 1, 33, r"plan.erase must be boxes \(y, x, h, w\) inside 32x32"), ("erase", 1, -1, "plan.erase"),
     ("erase", 1, 2**31 - 1, "plan.erase"),
     ("partner", 3, 4, r"plan.partner must be in \[0, 3\], got 4 in row 3"), ("partner", 0, -(2**63), "plan.partner"),
-    ("lam", 2, -1e-6, r"plan.lam must be in \[0, 1\]"), ("lam", 0, 1.0001, "plan.lam"), ("lam", 0, float("nan"), "plan.lam"),
+    ("lam", 2, -1e-6, r"plan.lam must be in \[0, 1\]"), ("lam", 0, 1.0001, "plan.lam"),
+    ("lam", 0, float("nan"), "plan.lam"),
     ("cut", 3, 40, r"plan.cut must be boxes"), ("cut", 3, -(2**31), "plan.cut"),
 ]
 
@@ -259,7 +263,8 @@ def test_kernel_and_message_agree_on_what_is_wrong() -> None:
         tensor = tensor.clone()
         flat = tensor.view(-1)
         at = int(torch.randint(len(flat), (), generator=generator))
-        flat[at] = flat[at] + int(torch.randint(-12, 13, (), generator=generator)) if tensor.dtype != torch.bool else False
+        if tensor.dtype != torch.bool:
+            flat[at] += int(torch.randint(-12, 13, (), generator=generator))
         plan = replace(plan, **{name: tensor})
         try:
             check_values(images, labels, list(plan.tensors().values()), 10, 10, 8)
@@ -275,7 +280,8 @@ def test_kernel_and_message_agree_on_what_is_wrong() -> None:
 
 @pytest.mark.parametrize(("change", "error", "text"), [
     ({"images": torch.zeros(7, 3, 8, 8)}, TypeError, "images must be a uint8 tensor, got torch.float32"),
-    ({"images": torch.zeros(7, 8, 8, dtype=torch.uint8)}, ValueError, r"images must have shape \(M, 3, H, W\) or \(M, H, W, 3\)"),
+    ({"images": torch.zeros(7, 8, 8, dtype=torch.uint8)}, ValueError,
+     r"images must have shape \(M, 3, H, W\) or \(M, H, W, 3\)"),
     ({"images": torch.zeros(7, 1, 8, 8, dtype=torch.uint8)}, ValueError, "images must have shape"),
     ({"images": torch.zeros(7, 3, 0, 8, dtype=torch.uint8)}, ValueError, "images must have 1 to 32768 pixels"),
     ({"images": torch.zeros(0, 3, 8, 8, dtype=torch.uint8), "labels": torch.zeros(0, dtype=torch.int64)}, ValueError,
@@ -297,7 +303,8 @@ def test_kernel_and_message_agree_on_what_is_wrong() -> None:
 def test_calls_are_refused(change: dict, error: type[Exception], text: str) -> None:
     images, labels, plan = batch(3, (8, 8), (8, 8), "chw", 1)
     fields = {name: change.pop(name) for name in list(change) if hasattr(plan, name)}
-    call = {"images": images, "labels": labels, "plan": replace(plan, **fields), "mean": MEAN, "std": STD, "num_classes": 10}
+    plan = replace(plan, **fields)
+    call = {"images": images, "labels": labels, "plan": plan, "mean": MEAN, "std": STD, "num_classes": 10}
     with pytest.raises(error, match=f"augment: {text}"):
         ops.augment(**{**call, **change})
 

@@ -1,7 +1,7 @@
-"""The reference of `augment` against torchvision's functional ops and timm's and torchvision's mixing, and its statistics.
+"""The reference of `augment` against torchvision's functional ops, timm's and torchvision's mixing; its statistics.
 
-Crop, flip, erasing and mixing equal the peers' with the same parameters; each color operation is within one uint8 level of
-torchvision's (ours is 16.16 fixed point, theirs fp32, both truncate).
+Crop, flip, erasing and mixing equal the peers' with the same parameters; each color operation is within one uint8
+level of torchvision's (ours is 16.16 fixed point, theirs fp32, both truncate).
 """
 
 from __future__ import annotations
@@ -50,9 +50,10 @@ def test_neutral_plan_normalises() -> None:
 def test_crop_and_flip(size: tuple[int, int]) -> None:
     images, pad = random_images(B, H, W), 12
     for seed in range(5):
-        crop = torch.stack([torch.randint(-pad, have + pad - want + 1, (B,), generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        crop = torch.stack([torch.randint(-pad, have + pad - want + 1, (B,), generator=generator)
                             for have, want in zip((H, W), size)], dim=1).int()
-        flip = torch.rand(B, generator=torch.Generator().manual_seed(seed)) < 0.5
+        flip = torch.rand(B, generator=generator) < 0.5
         ours = crop_flip(images, torch.arange(B), crop, flip, *size).permute(0, 3, 1, 2)
         for row in range(B):
             y, x = crop[row].tolist()
@@ -81,13 +82,14 @@ def test_color_is_within_one_level(kind: int) -> None:
 def test_color_order() -> None:
     """The plan's order is followed: each order is near torchvision's same order, and orders differ."""
     images, factors = random_images(B, H, W), (1.9, 0.4, 2.2)
+    pixels = images.permute(0, 2, 3, 1)
     fixed = torch.tensor([[round(65536 * f) for f in factors]] * B, dtype=torch.int32)
     results = []
     for order in ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)):
         theirs = images
         for kind in order:
             theirs = ADJUST[kind](theirs, factors[kind])
-        ours = jitter(images.permute(0, 2, 3, 1), torch.tensor([order] * B, dtype=torch.uint8), fixed).permute(0, 3, 1, 2)
+        ours = jitter(pixels, torch.tensor([order] * B, dtype=torch.uint8), fixed).permute(0, 3, 1, 2)
         assert (ours.int() - theirs.int()).abs().max() <= 6  # a level, times the factors that follow
         assert (ours.int() - theirs.int()).abs().float().mean() < 0.5
         results.append(ours)
@@ -170,8 +172,9 @@ def test_torchvision_mixing() -> None:
     unmixed, _ = augment(images, labels, plan_of(), MEAN, STD, 5)
     y, x, h, w = box[(box[:, 2] * box[:, 3]).argmax()].tolist()
     rolled = torch.arange(B).roll(1)
-    for transform, lam, cut in ((v2.MixUp(num_classes=5), 0.3, [0] * 4), (v2.CutMix(num_classes=5), 1 - h * w / (H * W), [y, x, h, w])):
-        params = {"labels": labels, "batch_size": B, "num_classes": 5, "lam": lam, "box": (x, y, x + w, y + h), "lam_adjusted": lam}
+    for transform, lam, cut in ((v2.MixUp(num_classes=5), 0.3, [0] * 4),
+                                (v2.CutMix(num_classes=5), 1 - h * w / (H * W), [y, x, h, w])):
+        params = {"labels": labels, "batch_size": B, "lam": lam, "box": (x, y, x + w, y + h), "lam_adjusted": lam}
         plan = plan_of(partner=rolled, lam=torch.full((B,), lam), cut=torch.tensor([cut] * B, dtype=torch.int32))
         ours, targets = augment(images, labels, plan, MEAN, STD, 5)
         torch.testing.assert_close(ours, transform.transform(unmixed, params), rtol=0, atol=1e-6)
@@ -214,8 +217,8 @@ def test_cuda_source_compiles_without_spills(tmp_path: Path) -> None:
     if nvcc is None:
         pytest.skip("nvcc is not installed")
     for arch in (80, 90, 100):
-        command = [nvcc, "-std=c++17", "-O3", "--fmad=false", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}", f"-arch=sm_{arch}", "-cubin",
-                   "-o", str(tmp_path / "augment.cubin"), str(ROOT / "csrc" / "cuda" / "augment.cu")]
+        command = [nvcc, "-std=c++17", "-O3", "--fmad=false", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}", f"-arch=sm_{arch}",
+                   "-cubin", "-o", str(tmp_path / "augment.cubin"), str(ROOT / "csrc" / "cuda" / "augment.cu")]
         result = subprocess.run(command, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)

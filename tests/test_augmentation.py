@@ -1,7 +1,7 @@
-"""Sampling of augmentation plans: pure functions of (seed, epoch, position), and the distributions that they should have.
+"""Sampling of augmentation plans: pure functions of (seed, epoch, position), and their distributions.
 
-The statistics use fixed seeds and 40,000 samples; a test fails below p = 1e-4, so that a wrong range, a swapped axis or a
-reused random word shows and chance does not.
+The statistics use fixed seeds and 40,000 samples; a test fails below p = 1e-4, so that a wrong range, a swapped axis
+or a reused random word shows and chance does not.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from deit_fast.data.augmentation import Plan, Recipe, epoch_order, neutral_plan,
 from deit_fast.ops.augment_values import check_values
 
 N = 40_000
-FULL = Recipe(crop_pad=4, hflip=0.5, brightness=0.4, contrast=0.3, saturation=0.2, reprob=0.6, recount=2, mixup=0.8, cutmix=1.0,
-              mixup_prob=0.9, mixup_mode="elem")
+FULL = Recipe(crop_pad=4, hflip=0.5, brightness=0.4, contrast=0.3, saturation=0.2, reprob=0.6, recount=2, mixup=0.8,
+              cutmix=1.0, mixup_prob=0.9, mixup_mode="elem")
 P_MIN = 1e-4
 
 
@@ -288,8 +288,9 @@ def test_plans_are_in_range(H: int, W: int, minmax) -> None:
 
 
 @pytest.mark.parametrize(("bad", "text"), [
-    ({"hflip": 1.5}, "hflip"), ({"brightness": -1}, "brightness"), ({"mixup": -0.1}, "mixup"), ({"recount": 0}, "recount"),
-    ({"remode": "rand"}, "remode"), ({"mixup_mode": "half"}, "mixup_mode"), ({"cutmix_minmax": (0.5, 0.2)}, "cutmix_minmax"),
+    ({"hflip": 1.5}, "hflip"), ({"brightness": -1}, "brightness"), ({"mixup": -0.1}, "mixup"),
+    ({"recount": 0}, "recount"), ({"remode": "rand"}, "remode"), ({"mixup_mode": "half"}, "mixup_mode"),
+    ({"cutmix_minmax": (0.5, 0.2)}, "cutmix_minmax"),
     ({"crop_pad": -1}, "crop_pad"), ({"reprob": float("nan")}, "reprob")])
 def test_recipes_are_refused_by_name(bad: dict, text: str) -> None:
     with pytest.raises(ValueError, match=f"Recipe: {text} must be"):

@@ -1,14 +1,16 @@
 // Augmentation of a batch on the CPU: crop, flip, color, normalise, erase, mix, and the targets.
 //
-// A thread takes one image at a time. Its uint8 pixels are gathered into a planar tile, changed there in place (contrast needs
-// the whole image's mean), and turned into floats strip by strip: strips of about a thousand pixels keep everything after the
-// tile in the first-level cache at any image size. An image and its mixing partner are prepared together and, when they are
-// each other's partners (MixUp's reversed batch), written together, so that no image is prepared twice.
+// A thread takes one image at a time. Its uint8 pixels are gathered into a planar tile, changed there in place
+// (contrast needs the whole image's mean), and turned into floats strip by strip: strips of about a thousand pixels
+// keep everything after the tile in the first-level cache at any image size. An image and its mixing partner are
+// prepared together and, when they are each other's partners (MixUp's reversed batch), written together, so that no
+// image is prepared twice.
 #include "augment.h"
 
 #include <omp.h>
-
 #include <algorithm>
+
+#include "augment_noise.h"
 
 namespace {
 
@@ -20,13 +22,20 @@ int64_t padded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 int64_t strip_pixels(int64_t width) { return std::max(kStrip / width, int64_t(1)) * width; }
 
+int64_t tile_bytes(int64_t height, int64_t width) { return padded(3 * height * width); }
+
+int64_t strip_plane(int64_t width) { return strip_pixels(width) + kLanes; }  // floats; the rest is for erase_row
+
+int64_t strip_bytes(int64_t width) { return padded(3 * strip_plane(width) * 4); }
+
 int64_t thread_workspace(int64_t height, int64_t width) {
-    return 2 * padded(3 * height * width) + 2 * padded(3 * strip_pixels(width) * 4);
+    return 2 * tile_bytes(height, width) + 2 * strip_bytes(width);
 }
 
 // ---- the uint8 tile (3, H', W') of one image ----
 
-void copy_row(uint8_t* dst, const uint8_t* src, int32_t n) {  // short rows: a call of memcpy would cost more than the copy
+// Rows are short: a call of memcpy would cost more than the copy.
+void copy_row(uint8_t* dst, const uint8_t* src, int32_t n) {
     for (; n >= 32; n -= 32, dst += 32, src += 32) memcpy(dst, src, 32);
     for (int32_t x = 0; x < n; ++x) dst[x] = src[x];
 }
@@ -58,8 +67,7 @@ void load_tile(const Args& a, int64_t i, uint8_t* tile) {
         const uint8_t* src = image + (y + y0) * a.stride_y + (first_x + x0) * a.stride_x;
         uint8_t* dst = tile + int64_t(y) * W + start;
         if (a.stride_x == 1) {
-            for (int c = 0; c < 3; ++c)
-                flip ? copy_row_reversed(dst + c * area, src + c * a.stride_c, n) : copy_row(dst + c * area, src + c * a.stride_c, n);
+            for (int c = 0; c < 3; ++c) (flip ? copy_row_reversed : copy_row)(dst + c * area, src + c * a.stride_c, n);
             continue;
         }
         const int64_t step = flip ? -a.stride_x : a.stride_x;
@@ -95,7 +103,8 @@ int64_t gray_sum(const uint8_t* __restrict tile, int64_t area) {
     return total;
 }
 
-void saturate(uint8_t* __restrict red, uint8_t* __restrict green, uint8_t* __restrict blue, int64_t area, int32_t factor) {
+void saturate(uint8_t* __restrict tile, int64_t area, int32_t factor) {
+    uint8_t *__restrict red = tile, *__restrict green = tile + area, *__restrict blue = tile + 2 * area;
 #pragma omp simd
     for (int64_t p = 0; p < area; ++p) {
         const int32_t base = saturation_base(gray(red[p], green[p], blue[p]), factor);
@@ -113,36 +122,18 @@ void jitter_tile(const Args& a, int64_t i, uint8_t* tile) {
         if (factor == kOne) continue;  // exactly the identity
         if (kind == kBrightness) blend_all(tile, 3 * area, factor, 0);
         if (kind == kContrast) blend_all(tile, 3 * area, factor, contrast_base(gray_sum(tile, area), area, factor));
-        if (kind == kSaturation) saturate(tile, tile + area, tile + 2 * area, area, factor);
+        if (kind == kSaturation) saturate(tile, area, factor);
     }
 }
 
-// ---- strips of floats (3, n) ----
+// ---- strips of floats: three planes, strip_plane(W') apart ----
 
-void erase_row(const Args& a, int64_t i, float* red, float* green, float* blue, int32_t y, int32_t x, int32_t w) {
-    constexpr int kLanes = 16;  // boxes are narrow: rounding up to whole vectors beats a scalar rest
-    const uint64_t key = uint64_t(a.noise_key[i]);
-    const uint32_t low = uint32_t(key), high = uint32_t(key >> 32);
-    for (int32_t from = 0; from < w; from += kLanes) {
-        const int32_t n = std::min(w - from, int32_t(kLanes));
-        const uint32_t first = uint32_t(y) * uint32_t(a.width) + uint32_t(x + from);
-        float z[3][kLanes] = {};
-        if (a.pixel_noise) {
-#pragma omp simd
-            for (int k = 0; k < kLanes; ++k) noise(first + uint32_t(k), low, high, z[0][k], z[1][k], z[2][k]);
-        }
-        memcpy(red + from, z[0], n * sizeof(float));
-        memcpy(green + from, z[1], n * sizeof(float));
-        memcpy(blue + from, z[2], n * sizeof(float));
-    }
-}
-
-// Normalised and erased rows [y0, y1) of image i; the strip's planes are n apart.
+// Normalised and erased rows [y0, y1) of image i.
 void load_strip(const Args& a, int64_t i, const uint8_t* tile, int32_t y0, int32_t y1, float* strip) {
-    const int64_t area = int64_t(a.height) * a.width, n = int64_t(y1 - y0) * a.width;
+    const int64_t area = int64_t(a.height) * a.width, n = int64_t(y1 - y0) * a.width, plane = strip_plane(a.width);
     for (int c = 0; c < 3; ++c) {
         const uint8_t* __restrict src = tile + c * area + int64_t(y0) * a.width;
-        float* __restrict dst = strip + c * n;
+        float* __restrict dst = strip + c * plane;
         const float scale = a.scale[c], bias = a.bias[c];
 #pragma omp simd
         for (int64_t p = 0; p < n; ++p) dst[p] = normalise(src[p], scale, bias);
@@ -152,7 +143,7 @@ void load_strip(const Args& a, int64_t i, const uint8_t* tile, int32_t y0, int32
         if (!has_area(box)) continue;
         for (int32_t y = std::max(y0, box[0]); y < std::min(y1, box[0] + box[2]); ++y) {
             float* row = strip + int64_t(y - y0) * a.width + box[1];
-            erase_row(a, i, row, row + n, row + 2 * n, y, box[1], box[3]);
+            erase_row(a, i, row, row + plane, row + 2 * plane, y, box[1], box[3]);
         }
     }
 }
@@ -197,18 +188,18 @@ bool mixes(const Args& a, int64_t i) { return a.lam[i] != 1.0f || has_area(a.cut
 // Rows [y0, y1) of output i from its own strip and, when it mixes, its partner's.
 template <class D>
 void write_strip(const Args& a, int64_t i, const float* own, const float* other, int32_t y0, int32_t y1) {
-    const int64_t W = a.width, n = (y1 - y0) * W, from = y0 * W;
+    const int64_t W = a.width, n = (y1 - y0) * W, from = y0 * W, plane = strip_plane(W);
     const int32_t* cut = a.cut + 4 * i;
     const float lam = a.lam[i];
     if (mixes(a, i) && !has_area(cut)) {
-        store<D>(a, i, from, n, [=](int c, int64_t p) { return mix(own[c * n + p], other[c * n + p], lam); });
+        store<D>(a, i, from, n, [=](int c, int64_t p) { return mix(own[c * plane + p], other[c * plane + p], lam); });
         return;
     }
-    store<D>(a, i, from, n, [=](int c, int64_t p) { return own[c * n + p]; });
+    store<D>(a, i, from, n, [=](int c, int64_t p) { return own[c * plane + p]; });
     if (!mixes(a, i)) return;
     for (int32_t y = std::max(y0, cut[0]); y < std::min(y1, cut[0] + cut[2]); ++y) {
         const int64_t at = (y - y0) * W + cut[1];
-        store<D>(a, i, from + at, cut[3], [=](int c, int64_t p) { return other[c * n + at + p]; });
+        store<D>(a, i, from + at, cut[3], [=](int c, int64_t p) { return other[c * plane + at + p]; });
     }
 }
 
@@ -234,9 +225,9 @@ void augment_image(const Args& a, int64_t i, char* workspace) {
     const bool together = a.partner[j] == i && i != j && (mixes(a, i) || mixes(a, j));
     if (together && j < i) return;  // written by its partner's turn
     const bool needs_other = together || mixes(a, i);
-    const int64_t tile_bytes = padded(3 * int64_t(a.height) * a.width), strip_bytes = padded(3 * strip_pixels(a.width) * 4);
-    auto own_tile = reinterpret_cast<uint8_t*>(workspace), other_tile = own_tile + tile_bytes;
-    auto own = reinterpret_cast<float*>(workspace + 2 * tile_bytes), other = own + strip_bytes / 4;
+    auto own_tile = reinterpret_cast<uint8_t*>(workspace), other_tile = own_tile + tile_bytes(a.height, a.width);
+    auto own = reinterpret_cast<float*>(workspace + 2 * tile_bytes(a.height, a.width));
+    auto other = own + strip_bytes(a.width) / 4;
     load_tile(a, i, own_tile);
     jitter_tile(a, i, own_tile);
     if (needs_other) {

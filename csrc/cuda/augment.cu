@@ -1,9 +1,10 @@
 // Augmentation of a batch on a GPU: one block makes one output image, every thread the pixels p, p + blockDim.x, ...
 //
-// A pixel is computed straight from the uint8 source: crop and flip are an address, the color operations are functions of
-// the pixel once contrast's mean is known, and the mixing partner is the same computation for another row of the plan. Only an
-// image whose contrast changes is read twice: the block first sums the gray values of what contrast will see. Values are
-// clamped into range, never checked, so that nothing waits for the GPU; the arithmetic is augment.h's, as on the CPU.
+// A pixel is computed straight from the uint8 source: crop and flip are an address, the color operations are functions
+// of the pixel once contrast's mean is known, and the mixing partner is the same computation for another row of the
+// plan. Only an image whose contrast changes is read twice: the block first sums the gray values of what contrast will
+// see. Values are clamped into range, never checked, so that nothing waits for the GPU; the arithmetic is augment.h's,
+// as on the CPU.
 #include <cuda_runtime.h>
 
 #include "augment.h"
@@ -101,7 +102,8 @@ __device__ void pixel(const Args& a, const Row& row, int32_t y, int32_t x, float
     if (erased) {
         value[0] = value[1] = value[2] = 0.0f;
         if (a.pixel_noise) {
-            noise(uint32_t(y) * uint32_t(a.width) + uint32_t(x), row.key_low, row.key_high, value[0], value[1], value[2]);
+            const uint32_t p = uint32_t(y) * uint32_t(a.width) + uint32_t(x);
+            noise(p, row.key_low, row.key_high, value[0], value[1], value[2]);
         }
         return;
     }

@@ -1,4 +1,5 @@
-// The face of the CUDA extension module: every kernel takes raw device pointers (as integers), sizes, a stream and a device.
+// The face of the CUDA extension module: every kernel takes raw device pointers (as integers), sizes, a stream and a
+// device.
 #include <cuda_runtime.h>
 
 #include <stdexcept>

@@ -1,17 +1,18 @@
 """Sampling of augmentation plans: every random decision of an epoch as a pure function of (data seed, epoch, position).
 
-Each decision is a word of Philox4x32 (reference/philox.py) with the data seed as key and (position, epoch, field, draw) as
-counter. There is no generator state: an epoch drawn at once, a batch drawn alone, a resumed run and another device all
-get the same plan. To be equal on CPU and GPU the arithmetic stays in integers, in tables built on the host, and in fp64
-additions, products, quotients and square roots, which IEEE rounds alike everywhere; exp, log and the inverse of the Beta
-distribution's CDF, which are not, come as tables of 2^16 quantiles.
+Each decision is a word of Philox4x32 (reference/philox.py) with the data seed as key and (position, epoch, field,
+draw) as counter. There is no generator state: an epoch drawn at once, a batch drawn alone, a resumed run and another
+device all get the same plan. To be equal on CPU and GPU the arithmetic stays in integers, in tables built on the host,
+and in fp64 additions, products, quotients and square roots, which IEEE rounds alike everywhere; exp, log and the
+inverse of the Beta distribution's CDF, which are not, come as tables of 2^16 quantiles.
 
-Drawing in plain torch costs about the same per epoch however long it is cut, and per call some hundred small operations:
-draw a whole epoch, then slice it.
+Drawing in plain torch costs about the same per epoch however long it is cut, and per call some hundred small
+operations: draw a whole epoch, then slice it.
 
-The semantics are timm's and torchvision's where users know them: Mixup's modes with partner B - 1 - i, RandomErasing's ten
-tries, the CutMix box clipped at the border and lambda corrected to its true area (Yun et al. 2019), ColorJitter's ranges
-and random order. A last odd batch, which timm refuses, is mixed too: its middle sample is its own partner and stays as it is.
+The semantics are timm's and torchvision's where users know them: Mixup's modes with partner B - 1 - i, RandomErasing's
+ten tries, the CutMix box clipped at the border and lambda corrected to its true area (Yun et al. 2019), ColorJitter's
+ranges and random order. A last odd batch, which timm refuses, is mixed too: its middle sample is its own partner and
+stays as it is.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ from deit_fast.reference.philox import philox4x32, split
 
 __all__ = ["Plan", "Recipe", "epoch_order", "neutral_plan", "sample_plan"]
 
-# The third word of the counter: what is drawn. GEOMETRY (y, x, flip, jitter order), COLOR (brightness, contrast, saturation,
-# -), ERASE (whether, count, key low, key high), TRIES (four of the tries for one box each), BOX (y, x, -, -),
-# MIX (whether, CutMix, lambda, -), CUT (y, x, h, w), ORDER (high, low, -, -).
+# The third word of the counter: what is drawn. GEOMETRY (y, x, flip, jitter order), COLOR (brightness, contrast,
+# saturation, -), ERASE (whether, count, key low, key high), TRIES (four of the tries for one box each), BOX (y, x, -,
+# -), MIX (whether, CutMix, lambda, -), CUT (y, x, h, w), ORDER (high, low, -, -).
 GEOMETRY, COLOR, ERASE, TRIES, BOX, MIX, CUT, ORDER = range(8)
 
 QUANTILES = 1 << 16
-ERASE_AREA = (0.02, 1 / 3)  # of the image, shared by its boxes; these four are timm's and the paper's (Zhong et al. 2017)
+ERASE_AREA = (0.02, 1 / 3)  # of the image, shared by its boxes; the four as in Zhong et al. 2017 and timm
 ERASE_ASPECT = (0.3, 1 / 0.3)
 ERASE_TRIES = 10
 TRY_CALLS = math.ceil(ERASE_TRIES / 4)  # one word per try: 16 bits of area, 16 of aspect
@@ -43,10 +44,10 @@ TRY_CALLS = math.ceil(ERASE_TRIES / 4)  # one word per try: 16 bits of area, 16 
 def epoch_order(num_images: int, data_seed: int, epoch: int, repeats: int = 1) -> Tensor:
     """The image drawn at every position of an epoch: (num_images,) int64 on the CPU, a random permutation.
 
-    With repeats > 1 (repeated augmentation, Hoffer et al. 2020) every chosen image comes `repeats` times in a row and the
-    epoch keeps its length, so it sees 1 / repeats of the images; MixUp's partner B - 1 - i then pairs copies of one image
-    only in the middle of a batch. Any number of images makes a full epoch (timm's sampler cuts to a multiple of 256, and
-    to nothing below that).
+    With repeats > 1 (repeated augmentation, Hoffer et al. 2020) every chosen image comes `repeats` times in a row and
+    the epoch keeps its length, so it sees 1 / repeats of the images; MixUp's partner B - 1 - i then pairs copies of
+    one image only in the middle of a batch. Any number of images makes a full epoch (timm's sampler cuts to a multiple
+    of 256, and to nothing below that).
     """
     if repeats < 1:
         raise ValueError(f"epoch_order: repeats must be 1 or more, got {repeats}.")
@@ -55,14 +56,15 @@ def epoch_order(num_images: int, data_seed: int, epoch: int, repeats: int = 1) -
     return order.repeat_interleave(repeats)[:num_images] if repeats > 1 else order
 
 
-def sample_plan(recipe: Recipe, index: Tensor, data_seed: int, epoch: int, batch_size: int, image_size: int | tuple[int, int],
-                first_position: int = 0, device: torch.device | str | None = None,
+def sample_plan(recipe: Recipe, index: Tensor, data_seed: int, epoch: int, batch_size: int,
+                image_size: int | tuple[int, int], first_position: int = 0, device: torch.device | str | None = None,
                 source_size: int | tuple[int, int] | None = None) -> Plan:
     """The plan of positions first_position, first_position + 1, ... of an epoch.
 
-    index: (N,) int64, the images at those positions. first_position must start a batch, and N must end one or the epoch:
-    partners, and the draws of modes "batch" and "pair", belong to batches of `batch_size` (the last may be shorter). Sampling an
-    epoch and slicing it equals sampling each batch alone. image_size is the output's, source_size the stored images' where
+    index: (N,) int64, the images at those positions. first_position must start a batch, and N must end one or the
+    epoch: partners, and the draws of modes "batch" and "pair", belong to batches of `batch_size` (the last may be
+    shorter). Sampling an epoch and slicing it equals sampling each batch alone. image_size is the output's,
+    source_size the stored images' where
     it differs: crops then range over the padded source. device: where the plan is made, default index's.
     """
     device = index.device if device is None else torch.device(device)
@@ -99,7 +101,8 @@ class _Draw:
         return philox4x32((position, self.epoch, field, number), self.key)
 
 
-def _geometry(recipe: Recipe, draw: _Draw, position: Tensor, size: tuple[int, int], source: tuple[int, int]) -> dict[str, Tensor]:
+def _geometry(recipe: Recipe, draw: _Draw, position: Tensor, size: tuple[int, int],
+              source: tuple[int, int]) -> dict[str, Tensor]:
     """crop, flip and jitter_order; position: (N,)."""
     y, x, flip, order = draw(position, GEOMETRY)
     pad = recipe.crop_pad
@@ -138,7 +141,8 @@ def _erasing(recipe: Recipe, draw: _Draw, position: Tensor, size: tuple[int, int
     words = draw(position[:, None, None], TRIES, calls)  # 4 x (N, R, calls)
     tries = torch.stack(words, dim=-1).flatten(-2)[..., :ERASE_TRIES]  # (N, R, T)
     root_area, root_aspect = _erase_tables(device)
-    share = torch.tensor([math.sqrt(H * W / n) for n in range(1, recipe.recount + 1)], dtype=torch.float64, device=device)
+    shares = [math.sqrt(H * W / n) for n in range(1, recipe.recount + 1)]
+    share = torch.tensor(shares, dtype=torch.float64, device=device)
     side = share[count - 1][:, None, None] * root_area[tries >> 16]  # (N, R, T)
     aspect = root_aspect[tries & (QUANTILES - 1)]
     h, w = (side * aspect).round().long(), (side / aspect).round().long()
@@ -151,7 +155,8 @@ def _erasing(recipe: Recipe, draw: _Draw, position: Tensor, size: tuple[int, int
     return {"erase": (box * used[..., None]).int(), "noise_key": key_high << 32 | key_low}
 
 
-def _mixing(recipe: Recipe, draw: _Draw, position: Tensor, start: Tensor, partner: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
+def _mixing(recipe: Recipe, draw: _Draw, position: Tensor, start: Tensor, partner: Tensor,
+            size: tuple[int, int]) -> dict[str, Tensor]:
     """partner, lam and cut; position, start (of its batch), partner (in the epoch): (N,)."""
     H, W = size
     shared = {"batch": start, "pair": torch.minimum(position, partner), "elem": position}[recipe.mixup_mode]
@@ -176,7 +181,7 @@ def _mixing(recipe: Recipe, draw: _Draw, position: Tensor, start: Tensor, partne
 
 
 def _cutmix_box(words: tuple[Tensor, ...], lam: Tensor, size: tuple[int, int]) -> Tensor:
-    """(N, 4) boxes of sides int(size sqrt(1 - lam)) around a uniform center, halved to integers, clipped; lam: (N,) fp64."""
+    """(N, 4) boxes of sides int(size sqrt(1 - lam)) around a uniform center, in whole halves, clipped; lam: (N,)."""
     ratio = torch.sqrt(1 - lam)
     spans = []
     for word, length in zip(words, size):
@@ -215,8 +220,8 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
 def _beta_table(alpha: float, device: torch.device) -> Tensor:
     """The quantiles (i + 1/2) / 2^16 of Beta(alpha, alpha): (65536,) fp64.
 
-    In log-odds t the density is (x (1 - x))^alpha with x = sigmoid(t): smooth and bell-shaped for every alpha, so trapezoids
-    on [-T, 0] meet 1e-7; the right half is the left one's mirror image.
+    In log-odds t the density is (x (1 - x))^alpha with x = sigmoid(t): smooth and bell-shaped for every alpha, so
+    trapezoids on [-T, 0] meet 1e-7; the right half is the left one's mirror image.
     """
     t = torch.linspace(-40 / alpha - 12, 0, 1 << 17, dtype=torch.float64)
     density = torch.exp(alpha * (torch.nn.functional.logsigmoid(t) + torch.nn.functional.logsigmoid(-t) + math.log(4)))

@@ -1,8 +1,9 @@
 """What is drawn (`Recipe`) and what was drawn (`Plan`) for data augmentation.
 
-Augmentation is split in two: sampling turns a recipe into a plan, a table with one row per sample, and `ops.augment` applies
-a plan to images. A plan is plain data: it can be printed, sliced, moved to another device and replayed, and every backend that
-is given the same plan must produce the same pixels, which is what makes an augmentation kernel testable at all.
+Augmentation is split in two: sampling turns a recipe into a plan, a table with one row per sample, and `ops.augment`
+applies a plan to images. A plan is plain data: it can be printed, sliced, moved to another device and replayed, and
+every backend that is given the same plan must produce the same pixels, which is what makes an augmentation kernel
+testable at all.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ ERASE_MODES = ("pixel", "const")
 class Recipe:
     """What is drawn for every sample; the defaults draw nothing.
 
-    crop_pad: shift by a random crop of the image padded by this many black pixels (torchvision's RandomCrop). hflip: its
-    probability. brightness, contrast, saturation: a factor from U(max(0, 1 - x), 1 + x) each, applied in random order
-    (torchvision's ColorJitter). reprob: probability of random erasing, by N(0, 1) noise (remode "pixel") or the mean color
-    ("const"), in 1 to `recount` boxes. mixup, cutmix: the alphas of Beta(alpha, alpha); cutmix_minmax: the range of the CutMix
-    box's sides as fractions of the image's, instead of cutmix's alpha. mixup_prob: probability of mixing at all;
-    mixup_switch_prob: of CutMix when both are on. mixup_mode: one draw per "batch", per "pair" or per "elem" (timm's Mixup).
+    crop_pad: shift by a random crop of the image padded by this many black pixels (torchvision's RandomCrop). hflip:
+    its probability. brightness, contrast, saturation: a factor from U(max(0, 1 - x), 1 + x) each, applied in random
+    order (torchvision's ColorJitter). reprob: probability of random erasing, by N(0, 1) noise (remode "pixel") or the
+    mean color ("const"), in 1 to `recount` boxes. mixup, cutmix: the alphas of Beta(alpha, alpha); cutmix_minmax: the
+    range of the CutMix box's sides as fractions of the image's, instead of cutmix's alpha. mixup_prob: probability of
+    mixing at all; mixup_switch_prob: of CutMix when both are on. mixup_mode: one draw per "batch", per "pair" or per
+    "elem" (timm's Mixup).
     """
 
     crop_pad: int = 0
@@ -58,7 +60,7 @@ class Recipe:
         _require(self.mixup_mode in MIXUP_MODES, "mixup_mode", f"one of {', '.join(MIXUP_MODES)}", self.mixup_mode)
         if self.cutmix_minmax is not None:
             low, high = self.cutmix_minmax
-            _require(0.0 <= low <= high <= 1.0, "cutmix_minmax", "two fractions 0 <= min <= max <= 1", self.cutmix_minmax)
+            _require(0.0 <= low <= high <= 1.0, "cutmix_minmax", "0 <= min <= max <= 1", self.cutmix_minmax)
 
     @property
     def mixes(self) -> bool:
@@ -86,10 +88,10 @@ class Plan:
     | noise_key    | (B,)            | int64   | Philox key of remode "pixel"                         |                |
     | partner      | (B,)            | int64   | position of the mixing partner in this batch, [0, B) | own position   |
     | lam          | (B,)            | float32 | weight of the own image and label, [0, 1]            | 1              |
-    | cut          | (B, 4)          | int32   | box (y, x, h, w) taken from the partner (CutMix); no area: MixUp by lam | 0, 0, 0, 0 |
+    | cut          | (B, 4)          | int32   | box (y, x, h, w) of the partner; no area: MixUp      | 0, 0, 0, 0     |
 
-    Outside the source everything is black (zero before normalisation). `remode` holds for the whole plan. With a cut, lam only
-    weighs the labels: 1 - area / (H' W').
+    Outside the source everything is black (zero before normalisation). `remode` holds for the whole plan. With a cut,
+    lam only weighs the labels: 1 - area / (H' W').
     """
 
     index: Tensor  # (B,)
@@ -108,7 +110,7 @@ class Plan:
         return self.index.shape[0]
 
     def __getitem__(self, rows: slice) -> Plan:
-        """The plan of these rows: a batch of an epoch's plan, when they are `slice(k * batch_size, (k + 1) * batch_size)`."""
+        """The plan of these rows: of one batch, when they are `slice(k * batch_size, (k + 1) * batch_size)`."""
         if not isinstance(rows, slice):
             raise TypeError(f"a plan is cut by slices, plan[0:64], got {type(rows).__name__}.")
         return Plan(**{name: tensor[rows] for name, tensor in self.tensors().items()}, remode=self.remode)

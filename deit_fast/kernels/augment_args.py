@@ -15,8 +15,8 @@ def pack(images: Tensor, labels: Tensor, plan: list[Tensor], remode: str, mean: 
          out: Tensor, targets: Tensor) -> tuple[tuple, list[Tensor]]:
     """(arguments of augment_fwd, tensors that must outlive the call).
 
-    images: (M, 3, H, W) or (M, H, W, 3) uint8, any strides; labels: (M,); plan: the ten tensors in Plan's order; out: (B, 3, H',
-    W'); targets: (B, K).
+    images: (M, 3, H, W) or (M, H, W, 3) uint8, any strides; labels: (M,); plan: the ten tensors in Plan's order; out:
+    (B, 3, H', W'); targets: (B, K).
     """
     kept = [labels.contiguous(), *(tensor.contiguous() for tensor in plan)]
     m, *rest = images.stride()
@@ -24,6 +24,7 @@ def pack(images: Tensor, labels: Tensor, plan: list[Tensor], remode: str, mean: 
     scale, bias = normalisation(mean, std)
     off = smoothing / num_classes
     sizes = (images.shape[0], plan[0].shape[0], plan[5].shape[1], num_classes)
-    return (images.data_ptr(), (m, c, y, x), *(tensor.data_ptr() for tensor in kept), out.data_ptr(), targets.data_ptr(),
-            sizes, (*source_size(images), height, width), remode == "pixel", channels_last, DTYPES[dtype], scale, bias,
-            1 - smoothing + off, off), kept
+    pointers = [tensor.data_ptr() for tensor in (*kept, out, targets)]
+    extent = (*source_size(images), height, width)
+    return (images.data_ptr(), (m, c, y, x), *pointers, sizes, extent, remode == "pixel", channels_last, DTYPES[dtype],
+            scale, bias, 1 - smoothing + off, off), kept

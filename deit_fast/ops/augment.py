@@ -1,8 +1,9 @@
 """Augmentation of a batch on the device: one kernel from resident uint8 images to a normalised batch and its targets.
 
-Per-image pipelines spend their time between operators: torchvision's runs some twenty of them per image, and MixUp another
-handful per batch. Here the decisions are drawn beforehand (`data.augmentation.sample_plan`) and one pass over the
-pixels applies them all, in DeiT's order: crop, flip, color, normalise, erase, mix. reference/augment.py is the specification.
+Per-image pipelines spend their time between operators: torchvision's runs some twenty of them per image, and MixUp
+another handful per batch. Here the decisions are drawn beforehand (`data.augmentation.sample_plan`) and one pass over
+the pixels applies them all, in DeiT's order: crop, flip, color, normalise, erase, mix. reference/augment.py is the
+specification.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ MAX_SIDE = 1 << 15  # coordinates, box sides and pixel numbers stay well inside 
 
 # The plan's tensors but for erase, (B, recount, 4) int32: name, dtype, shape after (B,).
 COLUMNS = (
-    ("index", torch.int64, ()), ("crop", torch.int32, (2,)), ("flip", torch.bool, ()), ("jitter_order", torch.uint8, (3,)),
-    ("jitter", torch.int32, (3,)), ("noise_key", torch.int64, ()), ("partner", torch.int64, ()),
-    ("lam", torch.float32, ()), ("cut", torch.int32, (4,)),
+    ("index", torch.int64, ()), ("crop", torch.int32, (2,)), ("flip", torch.bool, ()),
+    ("jitter_order", torch.uint8, (3,)), ("jitter", torch.int32, (3,)), ("noise_key", torch.int64, ()),
+    ("partner", torch.int64, ()), ("lam", torch.float32, ()), ("cut", torch.int32, (4,)),
 )
 
 _CHECK = os.environ.get("DEIT_FAST_CHECK") == "1"  # check values on GPUs too, at the price of a synchronisation
@@ -52,14 +53,15 @@ def augment(images: Tensor, labels: Tensor, plan: Plan, mean: Sequence[float], s
         mean, std: of the three channels, on the scale 0..1; the output is (pixel / 255 - mean) / std.
         num_classes: K.
         size: H', or (H', W'); default: the images' own.
-        smoothing: eps of the one-hots, 1 - eps + eps / K and eps / K, which are then mixed like the images. A loss must not
+        smoothing: eps of the one-hots, 1 - eps + eps / K and eps / K, which are then mixed like the images. A loss
+        must not
             smooth them again.
         dtype: of the batch: float32, bfloat16 or float16, rounded once at the end.
         channels_last: the batch's memory format.
         backend: who computes it; None: see `deit_fast.use_backend`.
 
-    Not differentiable. Raises ValueError or TypeError for shapes, dtypes, devices and, on the CPU, values that do not fit. On a
-    GPU values are clamped into range; DEIT_FAST_CHECK=1 in the environment checks them there too, with a
+    Not differentiable. Raises ValueError or TypeError for shapes, dtypes, devices and, on the CPU, values that do not
+    fit. On a GPU values are clamped into range; DEIT_FAST_CHECK=1 in the environment checks them there too, with a
     synchronisation. BackendError for a backend that cannot serve the call.
 
     MixUp: Zhang et al. 2018; CutMix: Yun et al. 2019; random erasing: Zhong et al. 2017; order and defaults: Touvron et
@@ -69,8 +71,8 @@ def augment(images: Tensor, labels: Tensor, plan: Plan, mean: Sequence[float], s
     height, width = output_size(images, size)
     if not 0 < min(height, width) <= max(height, width) <= MAX_SIDE:
         _refuse(f"size must be 1 to {MAX_SIDE} pixels a side, got {height}x{width}")
-    tensors = [plan.index, plan.crop, plan.flip, plan.jitter_order, plan.jitter, plan.erase, plan.noise_key, plan.partner,
-               plan.lam, plan.cut]
+    tensors = [plan.index, plan.crop, plan.flip, plan.jitter_order, plan.jitter, plan.erase, plan.noise_key,
+               plan.partner, plan.lam, plan.cut]
     call = (images, labels, tensors, plan.remode, list(mean), list(std), num_classes, height, width, smoothing, dtype,
             channels_last)
     chosen = OP.select(backend, *call)
@@ -78,13 +80,14 @@ def augment(images: Tensor, labels: Tensor, plan: Plan, mean: Sequence[float], s
         return _operator(*call, chosen)
     if (images.device.type == "cpu" or _CHECK) and not torch.compiler.is_compiling():
         check_values(images, labels, tensors, num_classes, height, width)
-    return reference.augment(images, labels, plan, mean, std, num_classes, (height, width), smoothing, dtype, channels_last)
+    return reference.augment(images, labels, plan, mean, std, num_classes, (height, width), smoothing, dtype,
+                             channels_last)
 
 
 def _check(images: Tensor, labels: Tensor, plan: Plan, mean: Sequence[float], std: Sequence[float], num_classes: int,
            smoothing: float, dtype: torch.dtype) -> None:
     if not isinstance(images, Tensor) or images.dtype != torch.uint8:
-        raise TypeError(f"augment: images must be a uint8 tensor, got {getattr(images, 'dtype', type(images).__name__)}.")
+        raise TypeError(f"augment: images must be a uint8 tensor, got {_kind(images)}.")
     shape = images.shape
     if len(shape) != 4 or shape[1] != 3 and shape[3] != 3:
         _refuse(f"images must have shape (M, 3, H, W) or (M, H, W, 3), got {tuple(shape)}")
@@ -117,15 +120,20 @@ def _check(images: Tensor, labels: Tensor, plan: Plan, mean: Sequence[float], st
 
 def _check_tensor(what: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
     if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
-        raise TypeError(f"augment: {what} must be a tensor of {dtype}, got {getattr(tensor, 'dtype', type(tensor).__name__)}.")
+        raise TypeError(f"augment: {what} must be a tensor of {dtype}, got {_kind(tensor)}.")
     if tensor.shape != shape:
         _refuse(f"{what} must have shape {shape}, got {tuple(tensor.shape)}")
     if tensor.device != device:
         _refuse(f"{what} must be on {device} like the images, got {tensor.device}")
 
 
+def _kind(value: object) -> object:
+    """The dtype of a tensor, the type's name of anything else."""
+    return value.dtype if isinstance(value, Tensor) else type(value).__name__
+
+
 def _refuse(message: str) -> None:
-    """Raises ValueError. The texts are made only when they are needed: formatting a shape costs more than checking it."""
+    """Raises ValueError. Texts are made only when they are needed: formatting a shape costs more than checking it."""
     raise ValueError(f"augment: {message}.")
 
 
@@ -139,27 +147,28 @@ def _new_outputs(images: Tensor, B: int, num_classes: int, height: int, width: i
     return out, images.new_empty((B, num_classes), dtype=torch.float32)
 
 
-def _impl(images: Tensor, labels: Tensor, plan: list[Tensor], remode: str, mean: list[float], std: list[float], num_classes: int,
-          height: int, width: int, smoothing: float, dtype: torch.dtype, channels_last: bool,
+def _impl(images: Tensor, labels: Tensor, plan: list[Tensor], remode: str, mean: list[float], std: list[float],
+          num_classes: int, height: int, width: int, smoothing: float, dtype: torch.dtype, channels_last: bool,
           backend: str) -> tuple[Tensor, Tensor]:
     if _CHECK and images.device.type != "cpu":
         check_values(images, labels, plan, num_classes, height, width)
     out, targets = _new_outputs(images, plan[0].shape[0], num_classes, height, width, dtype, channels_last)
-    in_range = _modules[backend].forward(images, labels, plan, remode, mean, std, num_classes, height, width, smoothing, dtype,
-                                         channels_last, out=out, targets=targets)
+    in_range = _modules[backend].forward(images, labels, plan, remode, mean, std, num_classes, height, width, smoothing,
+                                         dtype, channels_last, out=out, targets=targets)
     if not in_range:
         check_values(images, labels, plan, num_classes, height, width)
         raise AssertionError("the kernel refused a plan that check_values accepts")
     return out, targets
 
 
-def _fake(images: Tensor, labels: Tensor, plan: list[Tensor], remode: str, mean: list[float], std: list[float], num_classes: int,
-          height: int, width: int, smoothing: float, dtype: torch.dtype, channels_last: bool,
+def _fake(images: Tensor, labels: Tensor, plan: list[Tensor], remode: str, mean: list[float], std: list[float],
+          num_classes: int, height: int, width: int, smoothing: float, dtype: torch.dtype, channels_last: bool,
           backend: str) -> tuple[Tensor, Tensor]:
     return _new_outputs(images, plan[0].shape[0], num_classes, height, width, dtype, channels_last)
 
 
 _operator = register(
     "augment",
-    "(Tensor images, Tensor labels, Tensor[] plan, str remode, float[] mean, float[] std, SymInt num_classes, SymInt height, "
-    "SymInt width, float smoothing, ScalarType dtype, bool channels_last, str backend) -> (Tensor, Tensor)", _impl, _fake)
+    "(Tensor images, Tensor labels, Tensor[] plan, str remode, float[] mean, float[] std, SymInt num_classes, "
+    "SymInt height, SymInt width, float smoothing, ScalarType dtype, bool channels_last, str backend) "
+    "-> (Tensor, Tensor)", _impl, _fake)

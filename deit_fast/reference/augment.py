@@ -1,20 +1,22 @@
 """Augmentation of a batch from a plan: the arithmetic that every backend shares, in plain torch.
 
 Integers until the image is normalised, so that backends agree to the last bit: a color operation is one blend
-clamp((x F + base) >> 16) of uint8 x with a 16.16 factor F, truncated to uint8 like torchvision's. base is 0 for brightness;
-g (1 - F) for saturation with the pixel's gray g; the same with the mean of all g for contrast. Gray is floor(0.2989 r +
-0.587 g + 0.114 b), exactly, of the image as it is then.
+clamp((x F + base) >> 16) of uint8 x with a 16.16 factor F, truncated to uint8 like torchvision's. base is 0 for
+brightness; g (1 - F) for saturation with the pixel's gray g; the same with the mean of all g for contrast. Gray is
+floor(0.2989 r + 0.587 g + 0.114 b), exactly, of the image as it is then.
 
-Floating point after that, in fp32 with these roundings and no others: normalising is one fma, c * scale + bias with scale =
-1 / (255 std) and bias = -mean / std rounded to fp32; mixing is fma(own, lam, p) with p = fl(partner * fl(1 - lam)); the cast
-to the output's dtype comes last. An fma is written as fp64 rounded to fp32 here. Erasing comes between the two (DeiT's order),
-with N(0, 1) noise by Box-Muller from Philox words of counter (y W + x, 0, 0, 0): words 0 and 1 make red and green, 2 and 3 make
-blue. Native kernels evaluate its logarithm, sine and cosine in fp32: the noise is equal within a few roundings, the rest exactly.
+Floating point after that, in fp32 with these roundings and no others: normalising is one fma, c * scale + bias with
+scale = 1 / (255 std) and bias = -mean / std rounded to fp32; mixing is fma(own, lam, p) with p = fl(partner *
+fl(1 - lam)); the cast to the output's dtype comes last. An fma is written as fp64 rounded to fp32 here. Erasing comes
+between the two (DeiT's order), with N(0, 1) noise by Box-Muller from Philox words of counter (y W + x, 0, 0, 0): words
+0 and 1 make red and green, 2 and 3 make blue. Native kernels evaluate its logarithm, sine and cosine in fp32: the noise
+is equal within a few roundings, the rest exactly.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,12 +27,13 @@ from .philox import philox4x32, split
 if TYPE_CHECKING:
     from deit_fast.data.plan import Plan
 
-# torchvision's gray weights 0.2989, 0.587, 0.114, rounded up to 1/2^22: that adds less than 1/10000, so the floor of the sum is exact
+# torchvision's gray weights 0.2989, 0.587, 0.114, rounded up to 1/2^22: that adds less than 1/10000, so the floor of
+# the sum is exact
 GRAY = (1253678, 2462057, 478151)
 ONE = 1 << 16  # 1.0 in 16.16
 
 
-def augment(images: Tensor, labels: Tensor, plan: Plan, mean: tuple[float, ...], std: tuple[float, ...], num_classes: int,
+def augment(images: Tensor, labels: Tensor, plan: Plan, mean: Sequence[float], std: Sequence[float], num_classes: int,
             size: int | tuple[int, int] | None = None, smoothing: float = 0.0, dtype: torch.dtype = torch.float32,
             channels_last: bool = False) -> tuple[Tensor, Tensor]:
     """The augmented, normalised batch (B, 3, H', W') and its targets (B, K) fp32.
@@ -65,7 +68,7 @@ def output_size(images: Tensor, size: int | tuple[int, int] | None) -> tuple[int
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def normalisation(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[list[float], list[float]]:
+def normalisation(mean: Sequence[float], std: Sequence[float]) -> tuple[list[float], list[float]]:
     """(scale, bias) per channel with uint8 * scale + bias = (uint8 / 255 - mean) / std; to be rounded to fp32."""
     return [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std)]
 
@@ -142,7 +145,7 @@ def mix(x: Tensor, partner: Tensor, lam: Tensor, cut: Tensor) -> Tensor:
 
 
 def mixed_targets(labels: Tensor, partner: Tensor, lam: Tensor, num_classes: int, smoothing: float) -> Tensor:
-    """(B, K) fp32: one-hots smoothed to 1 - eps + eps / K and eps / K, mixed with the partner's by lam; labels: (B,)."""
+    """(B, K) fp32: one-hots smoothed to 1 - eps + eps / K and eps / K, mixed with the partner's; labels: (B,)."""
     off = smoothing / num_classes
     hot = labels[:, None] == torch.arange(num_classes, device=labels.device)
     own = torch.where(hot, 1 - smoothing + off, off).float()

@@ -15,8 +15,9 @@ def why_not(images: Tensor, *_call: object) -> str | None:
     return None if images.device.type == "cpu" else f"the images are on {images.device}"
 
 
-def forward(images: Tensor, labels: Tensor, plan: list[Tensor], *settings: object, out: Tensor, targets: Tensor) -> bool:
-    """Fills out (B, 3, H', W') and targets (B, K); False, with nothing written, when a value of the plan is out of range."""
+def forward(images: Tensor, labels: Tensor, plan: list[Tensor], *settings: object, out: Tensor,
+            targets: Tensor) -> bool:
+    """Fills out (B, 3, H', W') and targets (B, K); False, with nothing written, when a value is out of range."""
     arguments, _kept = pack(images, labels, plan, *settings, out, targets)
     threads = min(torch.get_num_threads(), max(out.shape[0], 1))
     workspace = torch.empty(module.augment_workspace(out.shape[2], out.shape[3], threads), dtype=torch.uint8)

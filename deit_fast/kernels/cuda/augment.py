@@ -15,7 +15,8 @@ def why_not(images: Tensor, *_call: object) -> str | None:
     return None if images.device.type == "cuda" else f"the images are on {images.device}"
 
 
-def forward(images: Tensor, labels: Tensor, plan: list[Tensor], *settings: object, out: Tensor, targets: Tensor) -> bool:
+def forward(images: Tensor, labels: Tensor, plan: list[Tensor], *settings: object, out: Tensor,
+            targets: Tensor) -> bool:
     """Fills out (B, 3, H', W') and targets (B, K); always True."""
     if out.shape[0]:  # a grid of no blocks is an error
         arguments, _kept = pack(images, labels, plan, *settings, out, targets)

@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rich.console import Console
+from syncs import CountSyncs
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from deit_fast.data.augmentation import Recipe
 from deit_fast.errors import TrainingError
@@ -74,18 +74,6 @@ def make(tmp_path, loader=None, ema=False, mixing_off=0, objective=None, splits=
         (optim if key in OptimConfig.__dataclass_fields__ else run)[key] = value
     log = Log(Console(file=lines or io.StringIO(), width=200))
     return Trainer(job, OptimConfig(**optim), RunConfig(**run), CPU, log)
-
-
-class CountSyncs(TorchDispatchMode):
-    """Counts the reads of a value on the host: `.item()`, `bool()`, `int()`, `float()` of a tensor, `nonzero`."""
-
-    reads = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default,
-                        torch.ops.aten.is_nonzero.default):
-            self.reads += 1
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("settings", [{}, {"clip_grad": 1.0}, {"grad_accum_steps": 2}, {"opt": "adamw"}])

@@ -11,9 +11,9 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,13 +29,14 @@ VIT = ("--preset", "report-vit", *TINY)
 
 @dataclass(frozen=True)
 class Death:
-    """A signal to itself at call number `call` of `target`, "module:name.in.it"."""
+    """A signal to itself and its workers at call number `call` of `target`, "module:name.in.it"."""
 
     target: str
     call: int
     signum: int = signal.SIGKILL
 
     def arm(self) -> None:
+        os.setpgrp()  # signals reach this process and its workers, as from a terminal or a job scheduler
         module, _, path = self.target.partition(":")
         *parents, name = path.split(".")
         owner = functools.reduce(getattr, parents, importlib.import_module(module))
@@ -44,7 +45,8 @@ class Death:
         def counting(*args, **kwargs):
             calls.append(None)
             if len(calls) == self.call:
-                os.kill(os.getpid(), self.signum)
+                # by another process: torch's workers treat signals from their parent differently
+                subprocess.run(["kill", f"-{self.signum}", "--", f"-{os.getpgrp()}"], start_new_session=True)
             return original(*args, **kwargs)
 
         setattr(owner, name, counting)
@@ -83,6 +85,7 @@ def _child(flags: list[str], path: str, death: Death | None, file_limit: int | N
     os.dup2(descriptor, 2)
     sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1, closefd=False)
     os.environ.update(environment)
+    multiprocessing.set_start_method("fork", force=True)  # loader workers as in a process started from a shell
     torch.set_num_threads(1)
     if file_limit is not None:
         import resource

@@ -95,8 +95,11 @@ def test_killed_with_policies_in_workers(tmp_path):
     whole = undisturbed(tmp_path / "whole", flags)
     folder = tmp_path / "killed"
     assert train(*flags, "--output-dir", folder, death=Death(STEP, 7)).code == -signal.SIGKILL
+    result = train(*flags, "--output-dir", folder, "--resume", death=Death(STEP, 2, signal.SIGTERM))
+    assert "0 epochs and 4 of 10 steps done" in result.output
+    assert result.code == 128 + signal.SIGTERM and "Traceback" not in result.output, result.output  # workers got it too
     result = train(*flags, "--output-dir", folder, "--resume", "--workers", "1")
-    assert result.code == 0 and "0 epochs and 4 of 10 steps done" in result.output, result.output
+    assert result.code == 0 and "0 epochs and 6 of 10 steps done" in result.output, result.output
     assert_same_run(folder, whole)
 
 

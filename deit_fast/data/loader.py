@@ -14,6 +14,7 @@ here a jitter that is asked for is applied.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -102,7 +103,7 @@ class TrainLoader:
         batches = PolicyBatches(self.images, plan, self.policy, self.batch_size, self.size, self.data_seed, epoch)
         loader = DataLoader(
             batches, batch_size=None, sampler=range(start, len(self)), num_workers=self.workers,
-            pin_memory=self.device.type == "cuda",
+            pin_memory=self.device.type == "cuda", worker_init_fn=_leave_signals_to_the_parent,
             generator=torch.Generator(),  # or creating the iterator would take a draw from the global stream
         )  # fmt: skip
         done = neutral_plan(plan.index)
@@ -152,6 +153,13 @@ class EvalLoader:
                 plan = replace(plan, crop=plan.crop + torch.tensor(self.corner, dtype=torch.int32, device=self.device))
             images, _ = augment(self.images, self.labels, plan, **self._options)
             yield images, self.labels[first:last]
+
+
+def _leave_signals_to_the_parent(_worker: int) -> None:
+    """Lets SIGINT and SIGTERM pass: terminals and job schedulers send them to the workers too, which are needed until the
+    run has saved its state and closes them."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def _check(split: Split, batch_size: int, num_classes: int) -> None:

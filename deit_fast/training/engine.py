@@ -223,10 +223,10 @@ class Trainer:
             best = {"epoch": row["epoch"], "metric": "last epoch", "value": None}
         else:
             best = {"epoch": row["epoch"], "metric": name, "value": row[name]}
-            sign = -1.0 if metric == "loss" else 1.0
+            sign, value = (-1.0 if metric == "loss" else 1.0), row[name]
             before = math.nan if self.best is None else self.best["value"]
-            if not math.isnan(before) and not sign * row[name] > sign * before:
-                return
+            if self.best is not None and (math.isnan(value) or sign * value <= sign * before):
+                return  # also when both are nan; any number is better than nan
         self.best = best
         checkpoint.save(self.job.output_dir / "best.pt", self._weights() | {"best": best, "row": row})
 

@@ -48,12 +48,13 @@ struct Panels {  // b: panel j's row k begins at p + j * panel + k * step
     long panel, step;
 };
 
-// c (ROWS, NR) (+)= a (ROWS, K) b (K, NR), in registers.
+// c (ROWS, NR) = or += a (ROWS, K) b (K, NR), in registers. The sum starts from zero and joins c at the end: a long K in parts of
+// KC is then rounded like a sum of KC terms.
 template <class E, int ROWS>
 inline void register_tile(Words a, const float* b, long b_step, long K, float* c, long c_row, bool add) {
     Vec acc[ROWS][NV];
     for (int i = 0; i < ROWS; ++i)
-        for (int v = 0; v < NV; ++v) acc[i][v] = add ? load(c + i * c_row + v * LANES) : set1(0.0f);
+        for (int v = 0; v < NV; ++v) acc[i][v] = set1(0.0f);
     for (long k = 0; k < K; ++k) {
         Vec row[NV];
         for (int v = 0; v < NV; ++v) row[v] = load(b + k * b_step + v * LANES);
@@ -63,7 +64,10 @@ inline void register_tile(Words a, const float* b, long b_step, long K, float* c
         }
     }
     for (int i = 0; i < ROWS; ++i)
-        for (int v = 0; v < NV; ++v) store(c + i * c_row + v * LANES, acc[i][v]);
+        for (int v = 0; v < NV; ++v) {
+            float* to = c + i * c_row + v * LANES;
+            store(to, add ? load(to) + acc[i][v] : acc[i][v]);
+        }
 }
 
 // c (M, panels * NR) = or += a (M, K) b (K, panels * NR); K in words. An element's sum runs over k in order, whatever M.

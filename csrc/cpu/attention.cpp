@@ -9,11 +9,14 @@
 //     dV = P^T dO,  dP = dO V^T,  dS = P (dP - rowsum(P dP)),  dQ = dS K scale,  dK = dS^T Q scale.
 //
 // Instructions for 16 queries and one key at D = 8 on AVX-512, two a cycle (the roofline): forward 8 multiply-adds for S,
-// 8 for P V, 1 max, 1 subtraction, 8 for 2^x, 1 sum = 27; backward 8 each for S, dP, dQ, dV, dK, 9 for P, 3 for dS = 52;
+// 8 for P V, 1 max, 1 subtraction, 8 for 2^x, 1 sum = 27; backward 8 each for S, dP, dQ, dV, dK, 10 for P, 3 for dS = 53;
 // dropout's Philox about 35 more in each. 66 tokens fill 80 lanes, 21 % more.
 #include "attention.h"
 
 #include <omp.h>
+
+#include <cmath>
+#include <type_traits>
 
 #include "attention_math.h"
 #include "attention_product.h"
@@ -23,9 +26,15 @@ namespace {
 
 constexpr long QUERIES = 4 * LANES;
 constexpr uint32_t SITE = 0;
-constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
 
 long padded(long n) { return (n + LANES - 1) / LANES * LANES; }
+
+// softmax(scale q k) = softmax in base 2 of (sign q) k times `base`. Q is staged times the sign alone, which is exact.
+struct Logits {
+    float sign, base;
+};
+
+Logits make_logits(double scale) { return {scale < 0 ? -1.0f : 1.0f, float(std::fabs(scale) * 1.4426950408889634)}; }
 
 // Buffers of one thread, carved out of the workspace. `pitch` is the floats of a staged row: D padded to whole vectors, or 8.
 struct Head {
@@ -77,7 +86,7 @@ template <bool NARROW> struct Kernel {
     // Staged rows (rows, pitch) from rows of T `stride` apart; zeros up to `filled` rows.
     template <class T> static void stage(const Head& h, const T* from, long stride, long rows, long filled, float factor, float* to) {
         for (long i = 0; i < rows; ++i) stage_row(from + i * stride, h.D, factor, to + i * h.pitch);
-        if (filled > rows) std::memset(to + rows * h.pitch, 0, 4 * h.pitch * (filled - rows));
+        std::fill(to + rows * h.pitch, to + filled * h.pitch, 0.0f);
     }
 
     template <class T> static void unstage(const Head& h, const float* from, long rows, T* to, long stride) {
@@ -109,10 +118,20 @@ template <bool NARROW> struct Kernel {
         product<false>({rows, h.pitch, 1, columns, QUERIES, h.D, tile, QUERIES}, h.N, vecs);
     }
 
+    // Calls part(first, depth, is it an addition) for every PART keys: one sum over 1,000 keys has 2.5 x the reference's error.
+    template <class Part> static void in_parts(long N, Part part) {
+        constexpr long PART = 256;
+        part(0, std::min(N, PART), std::false_type());
+        for (long j = PART; j < N; j += PART) part(j, std::min(N - j, PART), std::true_type());
+    }
+
     // O or dQ: row (live, pitch) = tile^T (live, N) times keys (N, pitch), times `scale`, one per query.
     static void gather(const Head& h, const float* tile, const float* keys, long live, long vecs, const Vec* scale) {
         if constexpr (NARROW) {
-            product<false, NARROW_D, 2>({keys, 1, NARROW_D, tile, QUERIES, h.N, h.column, QUERIES}, NARROW_D, vecs);
+            in_parts(h.N, [&](long j, long depth, auto add) {
+                product<add, NARROW_D, 2>({keys + j * NARROW_D, 1, NARROW_D, tile + j * QUERIES, QUERIES, depth, h.column, QUERIES},
+                                          NARROW_D, vecs);
+            });
             for (long v = 0; v < vecs; ++v) {
                 Vec x[NARROW_D];
                 for (int d = 0; d < NARROW_D; ++d) x[d] = load(h.column + d * QUERIES + v * LANES) * scale[v];
@@ -120,7 +139,10 @@ template <bool NARROW> struct Kernel {
                 for (int i = 0; i < NARROW_D; ++i) store(h.row + v * LANES * NARROW_D + i * LANES, x[i]);
             }
         } else {
-            product<false>({tile, 1, QUERIES, keys, h.pitch, h.N, h.row, h.pitch}, live, h.pitch / LANES);
+            in_parts(h.N, [&](long j, long depth, auto add) {
+                product<add>({tile + j * QUERIES, 1, QUERIES, keys + j * h.pitch, h.pitch, depth, h.row, h.pitch}, live,
+                             h.pitch / LANES);
+            });
             for (long i = 0; i < live; ++i)
                 for (long d = 0; d < h.pitch; d += LANES) {
                     float* p = h.row + i * h.pitch + d;
@@ -190,32 +212,36 @@ template <bool NARROW> struct Kernel {
         }
     }
 
-    // Turns logits (in units of log2) into weights 2^(s - max), whose sum per query is returned.
-    static Vec softmax(float* s, long N, Vec& maximum) {
+    // Turns logits s into weights 2^(s base - peak), peak being the largest s base; returns their sum per query.
+    static Vec softmax(float* s, long N, Vec base, Vec& peak) {
         Vec m[4];
         for (Vec& x : m) x = load(s);
         long j = 0;
         for (; j + 4 <= N; j += 4)
             for (int u = 0; u < 4; ++u) m[u] = max(m[u], load(s + (j + u) * QUERIES));
         for (; j < N; ++j) m[0] = max(m[0], load(s + j * QUERIES));
-        maximum = max(max(m[0], m[1]), max(m[2], m[3]));
+        peak = max(max(m[0], m[1]), max(m[2], m[3])) * base;
         Vec total[2] = {};
         for (j = 0; j < N; ++j) {
-            const Vec p = exp2(load(s + j * QUERIES) - maximum);
+            const Vec p = exp2(fma(load(s + j * QUERIES), base, -peak));
             total[j % 2] += p;
             store(s + j * QUERIES, p);
         }
         return total[0] + total[1];
     }
 
-    // Turns logits into weights P = 2^(s - lse) and dP into dS = P (dP - rowsum(P dP)).
-    static void softmax_backward(float* s, float* ds, long N, Vec lse) {
-        Vec delta{};
+    // Turns logits into weights P = 2^(s base - lse) and dP into dS = P (dP - rowsum(P dP)). lse is rounded, so a row of P sums to 1 + e
+    // with e up to 1e-5 at logits of 100; dP - delta cancels where one key takes all, so delta is divided by that sum (undivided, the
+    // error of dQ is 3 x the reference's).
+    static void softmax_backward(float* s, float* ds, long N, Vec base, Vec lse) {
+        Vec dot{}, total{};
         for (long j = 0; j < N; ++j) {
-            const Vec p = exp2(load(s + j * QUERIES) - lse);
-            delta = fma(p, load(ds + j * QUERIES), delta);
+            const Vec p = exp2(fma(load(s + j * QUERIES), base, -lse));
+            dot = fma(p, load(ds + j * QUERIES), dot);
+            total += p;
             store(s + j * QUERIES, p);
         }
+        const Vec delta = dot / total;
         for (long j = 0; j < N; ++j)
             store(ds + j * QUERIES, load(s + j * QUERIES) * (load(ds + j * QUERIES) - delta));
     }
@@ -224,20 +250,21 @@ template <bool NARROW> struct Kernel {
         const long N = h.N, C = call.H * h.D, stride = 3 * C;
         const T* q = static_cast<const T*>(call.qkv) + b * N * stride + head * h.D;
         const Dropout drop = make_dropout(call.dropout_p, call.seed);
+        const Logits logits = make_logits(call.scale);
         stage(h, q + C, stride, N, N, 1.0f, h.k);
         stage(h, q + 2 * C, stride, N, N, 1.0f, h.v);
         for (long i = 0; i < N; i += QUERIES) {
             const long live = std::min(QUERIES, N - i), filled = padded(live), vecs = filled / LANES;
-            stage(h, q + i * stride, stride, live, filled, float(call.scale) * LOG2_E, h.q);
+            stage(h, q + i * stride, stride, live, filled, logits.sign, h.q);
             transpose(h, h.q, vecs, h.qt);
             scores(h, h.k, h.qt, vecs, h.s);
             Vec inverse[QUERIES / LANES];
             for (long v = 0; v < vecs; ++v) {
-                Vec maximum;
-                const Vec total = softmax(h.s + v * LANES, N, maximum);
+                Vec peak;
+                const Vec total = softmax(h.s + v * LANES, N, set1(logits.base), peak);
                 inverse[v] = 1.0f / total;
                 if (call.lse)
-                    store(call.lse + (b * call.H + head) * N + i + v * LANES, maximum + log2(total),
+                    store(call.lse + (b * call.H + head) * N + i + v * LANES, peak + log2(total),
                           int(std::min<long>(LANES, live - v * LANES)));
             }
             if (drop.on) {
@@ -255,14 +282,15 @@ template <bool NARROW> struct Kernel {
         const T* dout = grad + b * N * C + head * h.D;
         T* dq = dqkv + first;
         const Dropout drop = make_dropout(call.dropout_p, call.seed);
+        const Logits logits = make_logits(call.scale);
         stage(h, q + C, stride, N, N, 1.0f, h.k);
         stage(h, q + 2 * C, stride, N, N, 1.0f, h.v);
         const long width = std::max<long>(h.pitch, LANES);
-        std::memset(h.dk, 0, 4 * N * width);
-        std::memset(h.dv, 0, 4 * N * width);
+        std::fill(h.dk, h.dk + N * width, 0.0f);
+        std::fill(h.dv, h.dv + N * width, 0.0f);
         for (long i = 0; i < N; i += QUERIES) {
             const long live = std::min(QUERIES, N - i), filled = padded(live), vecs = filled / LANES;
-            stage(h, q + i * stride, stride, live, filled, float(call.scale) * LOG2_E, h.q);
+            stage(h, q + i * stride, stride, live, filled, logits.sign, h.q);
             stage(h, dout + i * C, C, live, filled, 1.0f, h.dout);
             transpose(h, h.q, vecs, h.qt);
             transpose(h, h.dout, vecs, h.doutt);
@@ -274,7 +302,7 @@ template <bool NARROW> struct Kernel {
             }
             const float* lse = call.lse + (b * call.H + head) * N + i;
             for (long v = 0; v < vecs; ++v)
-                softmax_backward(h.s + v * LANES, h.ds + v * LANES, N,
+                softmax_backward(h.s + v * LANES, h.ds + v * LANES, N, set1(logits.base),
                                  load(lse + v * LANES, int(std::min<long>(LANES, live - v * LANES))));
             if (drop.on) h.mask.apply(h.s, QUERIES, N, vecs, drop.scale);
             Vec scale[QUERIES / LANES];
@@ -284,7 +312,7 @@ template <bool NARROW> struct Kernel {
             scatter(h, h.ds, h.q, live, h.dk);
             scatter(h, h.s, h.dout, live, h.dv);
         }
-        fold(h, h.dk, LN_2);  // Q was staged with scale log2(e)
+        fold(h, h.dk, logits.sign * float(call.scale));
         fold(h, h.dv, 1.0f);
         unstage(h, h.dk, N, dq + C, stride);
         unstage(h, h.dv, N, dq + 2 * C, stride);
@@ -298,8 +326,6 @@ template <class Task> void for_each_head(const Attention& call, bool backward, T
     {
         Head h = make_head(call);
         h.lay_out(static_cast<char*>(call.workspace) + omp_get_thread_num() * bytes, backward, call.dropout_p > 0.0);
-        // The padding of staged rows is never written again, and multiplies: it must not be NaN.
-        std::memset(static_cast<void*>(h.k), 0, bytes);
 #pragma omp for schedule(static)
         for (long task_id = 0; task_id < call.B * call.H; ++task_id) task(h, task_id / call.H, task_id % call.H);
     }

@@ -3,7 +3,7 @@
 // B and C are rows of vectors; A's elements are broadcast one at a time, so A may lie in any order (`a_row`, `a_k` are its
 // strides): a tile of softmax weights serves as itself and as its transpose. A block of R x COLUMNS vectors of C stays in registers for the
 // whole depth; at 6 x 4 that is 24 of AVX-512's 32, and 10 loads feed 24 multiply-adds, of which the processor does two a
-// cycle, as it does loads.
+// cycle, as it does loads. `=` or `+=` happens at the end, so a long depth taken in parts is also summed in parts.
 #pragma once
 
 #include "simd.h"
@@ -34,7 +34,7 @@ template <int R, int C, bool ADD> inline void product_block(const Product& p, lo
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-        for (int v = 0; v < C; ++v) sum[r][v] = ADD ? load(c + r * p.c_row + v * LANES) : Vec{};
+        for (int v = 0; v < C; ++v) sum[r][v] = Vec{};
     for (long k = 0; k < p.depth; ++k) {
         Vec x[C];
 #pragma GCC unroll 4
@@ -49,7 +49,10 @@ template <int R, int C, bool ADD> inline void product_block(const Product& p, lo
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-        for (int v = 0; v < C; ++v) store(c + r * p.c_row + v * LANES, sum[r][v]);
+        for (int v = 0; v < C; ++v) {
+            float* to = c + r * p.c_row + v * LANES;
+            store(to, ADD ? load(to) + sum[r][v] : sum[r][v]);
+        }
 }
 
 template <int R, int C, bool ADD> inline void product_columns(const Product& p, long rows, long column) {

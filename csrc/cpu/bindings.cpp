@@ -51,9 +51,11 @@ std::vector<std::string> supported_isas() {
 }  // namespace
 
 void bind_gemm_ops(pybind11::module_& m);  // layernorm_linear, linear_residual, layernorm_mlp
+void bind_attention(pybind11::module_& m);
 
 PYBIND11_MODULE(DEIT_FAST_MODULE, m) {
     m.def("supported_isas", &supported_isas);
+    bind_attention(m);
     m.def("augment_workspace", &augment_workspace);
     bind_augment(m, [](const augment::Args& args, void* workspace, int num_threads) {
         const bool valid = augment_valid(args);

@@ -121,3 +121,18 @@ def power_of_two(n: int, least: int = 16) -> int:
 def cdiv(a: int, b: int) -> int:
     """a / b rounded up."""
     return -(-a // b)
+
+
+def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Each tensor contiguous, copied only where it is not."""
+    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
+
+
+def rows_per_sample(x: Tensor) -> int:
+    """Rows of a sample of x (B, ..., C): what one element of row_scale covers."""
+    return max(1, x.numel() // max(1, x.shape[0] * x.shape[-1]))
+
+
+def empty(parameter: Tensor) -> Tensor:
+    """An uninitialised gradient of a parameter, contiguous whatever the parameter's strides."""
+    return parameter.new_empty(parameter.shape)

@@ -11,9 +11,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from deit_fast.reference.block import SITE_ATTENTION
+
 from .philox import keep_tile
 
-SITE: tl.constexpr = 0
+SITE = tl.constexpr(SITE_ATTENTION)
 
 
 @triton.jit

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from .common import cdiv, contiguous, dot_precision, launch, refusal
-from .linear import channels_per_step, forward_tiles, linear_backward, only_needed, wide_weight_gradients, zero_gradients
+from .linear import channels_per_step, forward_tiles, fused, linear_backward, only_needed, wide_weight_gradients, zero_gradients
 from .linear_kernels import layernorm_linear_fwd_kernel
 from .reduction import reduce
-from .rowwise import FUSED_WIDTH, layer_norm, layer_norm_backward
+from .rowwise import layer_norm, layer_norm_backward
 
 OP = "layernorm_linear"
 
@@ -36,7 +36,7 @@ def forward(x: Tensor, ln_weight: Tensor, ln_bias: Tensor | None, weight: Tensor
     rows = x.reshape(-1, C).contiguous()  # (M, C)
     ln_weight, ln_bias, weight, bias = contiguous(ln_weight, ln_bias, weight, bias)
     M = rows.shape[0]
-    if C > FUSED_WIDTH:
+    if not fused(x, C):
         h = layer_norm(OP, rows, ln_weight, ln_bias, eps)
         out = torch.nn.functional.linear(h, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         return out.view(*x.shape[:-1], F), []
@@ -58,7 +58,7 @@ def backward(grad: Tensor, saved: list[Tensor], needs: list[bool], x: Tensor, ln
         return zero_gradients(x, needs, [x, ln_weight, ln_bias, weight, bias])
     ln_weight, ln_bias, weight, bias = contiguous(ln_weight, ln_bias, weight, bias)
     dx_needed, dw_needed = any(needs[:3]), any(needs[3:])
-    if C > FUSED_WIDTH:
+    if not fused(x, C):
         dx = dln_weight = dln_bias = dweight = dbias = None
         if dx_needed:
             dx, vector = layer_norm_backward(OP, torch.mm(g, weight.to(x.dtype)), rows, ln_weight, ln_bias, None, eps)

@@ -14,6 +14,11 @@ from .reduction import Partials, reduce
 PROGRAMS = 264  # two per multiprocessor of an H100; more tiles are looped over
 
 
+def fused(x: Tensor, C: int) -> bool:
+    """Whether the fused kernels serve width C: beyond 256 cuBLAS wins, and in fp32 (no 16-bit tensor cores) beyond 64."""
+    return C <= (64 if x.dtype == torch.float32 else 256)
+
+
 @dataclass(frozen=True)
 class Tiles:
     """Rows, features and (padded) channels of one program, and its warps."""

@@ -14,9 +14,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from deit_fast.reference.block import SITE_LINEAR_RESIDUAL
+
 from .tiles import affine, branch, layer_norm_gradient, load, load_vector, normalise, row_statistics, store
 
-SITE: tl.constexpr = 1
+SITE = tl.constexpr(SITE_LINEAR_RESIDUAL)
 
 
 @triton.jit

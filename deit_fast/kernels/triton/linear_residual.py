@@ -7,13 +7,14 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
+from deit_fast.reference.block import SITE_LINEAR_RESIDUAL
+
 from .common import cdiv, contiguous, dot_precision, dropout_arguments, launch, refusal, rows_per_sample
-from .linear import channels_per_step, forward_tiles, linear_backward, only_needed, wide_weight_gradients, zero_gradients
+from .linear import channels_per_step, forward_tiles, fused, linear_backward, only_needed, wide_weight_gradients, zero_gradients
 from .linear_kernels import linear_residual_fwd_kernel
-from .rowwise import FUSED_WIDTH, add_branch
+from .rowwise import add_branch
 
 OP = "linear_residual"
-SITE = 1
 
 
 def why_not(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, dropout_p: float, seed: Tensor | None,
@@ -34,9 +35,9 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, dr
     rows, residual_rows = x.reshape(-1, C).contiguous(), residual.reshape(-1, F).contiguous()  # (M, C), (M, F)
     weight, bias, row_scale = contiguous(weight, bias, row_scale)
     M = rows.shape[0]
-    if C > FUSED_WIDTH:
+    if not fused(x, C):
         y = torch.mm(rows, weight.to(x.dtype).t())
-        return add_branch(OP, y, bias, residual_rows, SITE, dropout_p, seed, row_scale, rows_per_sample(x)).view(residual.shape), []
+        return add_branch(OP, y, bias, residual_rows, SITE_LINEAR_RESIDUAL, dropout_p, seed, row_scale, rows_per_sample(x)).view(residual.shape), []
     out = residual.new_empty(residual.shape)
     if M:
         tiles = forward_tiles(M, C, F, x.element_size())
@@ -55,9 +56,9 @@ def backward(grad: Tensor, saved: list[Tensor], needs: list[bool], x: Tensor, we
     if rows.shape[0] == 0:
         return zero_gradients(x, needs, [x, weight, bias])
     weight, bias, row_scale = contiguous(weight, bias, row_scale)
-    if C > FUSED_WIDTH:
+    if not fused(x, C):
         if dropout_p > 0.0 or row_scale is not None:
-            g = add_branch(OP, g, None, None, SITE, dropout_p, seed, row_scale, rows_per_sample(x))
+            g = add_branch(OP, g, None, None, SITE_LINEAR_RESIDUAL, dropout_p, seed, row_scale, rows_per_sample(x))
         dx = torch.mm(g, weight.to(x.dtype)) if needs[0] else None
         dweight, dbias = wide_weight_gradients(g, rows, weight, bias) if any(needs[1:]) else (None, None)
     else:

@@ -1,4 +1,4 @@
-"""What stands around cuBLAS for wide models (C > 256): LayerNorm, GELU, dropout, drop-path and residual as row kernels.
+"""What stands around cuBLAS where `linear.fused` says no (C > 256; fp32: C > 64): LayerNorm, GELU, dropout, drop-path and residual as row kernels.
 
 Past C = 256 the matrix products are large enough that cuBLAS beats a fused kernel on Hopper (flash-attention switches its own
 fused MLP off there); what is left to win is one pass instead of five over what lies between the products. One program takes one or
@@ -16,7 +16,6 @@ from .reduction import Partials
 from .tiles import (affine, branch, gelu, gelu_gradient, layer_norm_gradient, load, load_vector, normalise, row_statistics,
                     store)
 
-FUSED_WIDTH = 256  # up to this C the fused kernels serve
 GRADIENT_PROGRAMS = 264  # of LayerNorm's backward: two per multiprocessor of an H100
 
 

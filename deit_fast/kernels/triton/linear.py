@@ -32,7 +32,7 @@ class Tiles:
 def forward_tiles(M: int, C: int, F: int, itemsize: int) -> Tiles:
     """Tiles of a forward kernel over M rows: small until every multiprocessor has work."""
     BLOCK_F = min(64 if itemsize == 2 else 32, power_of_two(F))
-    BLOCK_M = 64 if itemsize == 2 and M * cdiv(F, BLOCK_F) >= 64 * 2 * PROGRAMS else 32
+    BLOCK_M = 64 if itemsize == 2 and C <= 128 and M * cdiv(F, BLOCK_F) >= 64 * 2 * PROGRAMS else 32
     return Tiles(min(BLOCK_M, power_of_two(M)), BLOCK_F, power_of_two(C))
 
 
@@ -42,7 +42,7 @@ def backward_tiles(M: int, C: int, F: int, itemsize: int) -> Tiles:
     if itemsize == 4:
         BLOCK_M, BLOCK_F, num_warps = 32, 32, 4 if BLOCK_C <= 64 else 8
     else:
-        BLOCK_M, BLOCK_F, num_warps = 32 if M <= 32 * PROGRAMS else 64, 64, 4 if BLOCK_C <= 128 else 8
+        BLOCK_M, BLOCK_F, num_warps = 32 if M <= 32 * PROGRAMS or BLOCK_C > 128 else 64, 64, 4 if BLOCK_C <= 128 else 8
     return Tiles(min(BLOCK_M, power_of_two(M)), min(BLOCK_F, power_of_two(F)), BLOCK_C, num_warps)
 
 

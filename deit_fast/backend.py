@@ -19,6 +19,10 @@ from deit_fast.errors import UserError
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
+# Tested without a GPU (interpreter, compilation, shared arithmetic) but never timed on one: no benchmark justifies a place in
+# the automatic order yet, so these serve only when someone asks for them by name.
+BY_NAME_ONLY = ("triton", "cuda")
+
 OPS: dict[str, Op] = {}
 
 
@@ -77,6 +81,7 @@ class Op:
         asked = requested or _asked(self.name)
         if asked is None:
             order = tuple(self.offers) if self.order is None else self.order(*call)
+            order = (name for name in order if name not in BY_NAME_ONLY)
             chosen = next((name for name in order if self.why_not(name, *call) is None), "reference")
         else:
             self._require(asked, *call)

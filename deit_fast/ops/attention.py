@@ -15,7 +15,7 @@ from .checks import autocast_dtype, cast, check, check_activation, check_dropout
 from .registration import NativeOp
 
 NATIVE = NativeOp(
-    "attention", backends=("cpu",),
+    "attention", backends=("cpu", "triton"),
     args="Tensor qkv, int num_heads, float? scale, float dropout_p, Tensor? seed",
     grads=("qkv",),
     out=lambda qkv, *_: qkv.new_empty((*qkv.shape[:-1], qkv.shape[-1] // 3)))

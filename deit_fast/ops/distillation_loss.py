@@ -15,7 +15,7 @@ from .checks import check, check_activation, check_device, without_autocast
 from .registration import NativeOp
 
 NATIVE = NativeOp(
-    "distillation_loss", backends=(),
+    "distillation_loss", backends=("triton",),
     args="Tensor cls_logits, Tensor? dist_logits, Tensor target, Tensor? teacher_logits, str kind, float alpha, float tau, "
          "str reduction, float smoothing",
     grads=("cls_logits", "dist_logits"),

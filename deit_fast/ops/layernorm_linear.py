@@ -14,7 +14,7 @@ from .checks import autocast_dtype, cast, check, check_activation, check_paramet
 from .registration import NativeOp
 
 NATIVE = NativeOp(
-    "layernorm_linear", backends=("cpu",),
+    "layernorm_linear", backends=("cpu", "triton"),
     args="Tensor x, Tensor ln_weight, Tensor? ln_bias, Tensor weight, Tensor? bias, float eps",
     grads=("x", "ln_weight", "ln_bias", "weight", "bias"),
     out=lambda x, ln_weight, ln_bias, weight, *_: x.new_empty((*x.shape[:-1], weight.shape[0])))

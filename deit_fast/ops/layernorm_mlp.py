@@ -15,7 +15,7 @@ from .checks import (autocast_dtype, cast, check, check_activation, check_dropou
 from .registration import NativeOp
 
 NATIVE = NativeOp(
-    "layernorm_mlp", backends=("cpu",),
+    "layernorm_mlp", backends=("cpu", "triton"),
     args="Tensor x, Tensor ln_weight, Tensor? ln_bias, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, "
          "Tensor? fc2_bias, float eps, float dropout_p, Tensor? seed, Tensor? row_scale",
     grads=("x", "ln_weight", "ln_bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias"),

@@ -14,7 +14,7 @@ from .checks import (autocast_dtype, cast, check, check_activation, check_device
 from .registration import NativeOp
 
 NATIVE = NativeOp(
-    "linear_residual", backends=("cpu",),
+    "linear_residual", backends=("cpu", "triton"),
     args="Tensor x, Tensor weight, Tensor? bias, Tensor residual, float dropout_p, Tensor? seed, Tensor? row_scale",
     grads=("x", "weight", "bias"), added="residual",
     out=lambda x, weight, bias, residual, *_: residual.new_empty(residual.shape))

@@ -1,0 +1,136 @@
+"""Attention on packed qkv: one program per block of queries of one head, in base-2 softmax.
+
+A ViT's sequence is barely longer than a power of two (66 = 64 + 2, 198 = 3 * 64 + 6), so keys are cut into full blocks
+without a mask and one tail of the smallest power of two >= 16 that holds the rest: 80 and 208 keys are computed where whole
+powers of two take 128 and 256. Queries come in blocks of 16 (one warp each) for short sequences. head_dim 8 is padded to 16
+only inside Q K^T, whose instruction needs it.
+
+Backward never sees the output: delta = sum_j P_ij dP_ij comes from a whole row of P, so there is neither a saved O
+nor an fp32 dq workspace, and every gradient is written once by one program (no atomics: bit-reproducible). Where dK and dV of a
+head fit in registers one kernel gives all gradients; longer sequences take one kernel for dQ (which leaves delta
+behind) and one for dK and dV.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .attention_kernels import (attention_bwd_dkv_kernel, attention_bwd_dq_kernel, attention_bwd_kernel,
+                                attention_fwd_kernel)
+from .common import cdiv, dot_precision, dropout_arguments, launch, power_of_two, refusal
+
+OP = "attention"
+LOG2E = 1.0 / math.log(2.0)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The tiles for one call: N = FULL + up to TAIL keys, FULL a multiple of BLOCK_N."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    FULL: int
+    TAIL: int
+    num_warps: int
+
+
+def split_keys(N: int, BLOCK_N: int) -> tuple[int, int]:
+    """(FULL, TAIL): N keys as full blocks and a masked tail: 66 -> (64, 16), 198 -> (192, 16), 64 -> (64, 0)."""
+    FULL = N // BLOCK_N * BLOCK_N
+    return FULL, power_of_two(N - FULL) if N > FULL else 0
+
+
+def forward_shape(N: int, D: int, itemsize: int) -> Shape:
+    """Tiles of the forward kernel for N tokens, head_dim D and elements of `itemsize` bytes."""
+    if N <= 96 or D > 128:
+        BLOCK_M, num_warps = 16, 1
+    else:
+        BLOCK_M, num_warps = (32, 2) if D <= 16 or itemsize == 4 else (64, 4)
+    BLOCK_N = 64 if D <= 64 and not (itemsize == 4 and D > 32) else 32
+    if N < BLOCK_N:
+        BLOCK_N = 32 if N >= 32 else 16
+    return Shape(BLOCK_M, BLOCK_N, *split_keys(N, BLOCK_N), num_warps)
+
+
+def backward_shape(N: int, D: int, itemsize: int) -> Shape | None:
+    """Tiles of the one backward kernel, whose two pieces FULL and TAIL hold all keys; None where they do not fit."""
+    FULL = 16
+    while FULL * 2 <= N and FULL < 128:
+        FULL *= 2
+    TAIL = power_of_two(N - FULL) if N > FULL else 0
+    if N > 256 or (FULL + TAIL) * power_of_two(D) * itemsize > 8192:
+        return None
+    return Shape(32 if N > 16 else 16, FULL, FULL, TAIL,
+                 2 if FULL + TAIL <= 96 and itemsize == 2 else 4)
+
+
+def split_backward_shape(N: int, D: int, itemsize: int) -> Shape:
+    """Tiles of the dQ kernel and, with the roles of queries and keys exchanged, of the dK and dV kernel."""
+    if itemsize == 4 or D > 64:
+        return Shape(32, 16, *split_keys(N, 16), 4)
+    return Shape(64, 32, *split_keys(N, 32), 4)
+
+
+def why_not(qkv: Tensor, num_heads: int, scale: float | None, dropout_p: float, seed: Tensor | None) -> str | None:
+    """Why this call cannot be served, or None."""
+    if qkv.shape[-1] // (3 * num_heads) > 256:
+        return f"head_dim {qkv.shape[-1] // (3 * num_heads)} is above 256"
+    return refusal(OP, qkv, dropout_p, seed)
+
+
+def _arguments(tiles: Shape, qkv: Tensor, num_heads: int, scale: float | None, dropout_p: float,
+               seed: Tensor | None) -> dict[str, object]:
+    """The arguments that all four kernels take alike."""
+    N, D = qkv.shape[1], qkv.shape[2] // (3 * num_heads)
+    return {"scale": (D**-0.5 if scale is None else scale) * LOG2E, "N": N, "H": num_heads, "D": D, "BLOCK_M": tiles.BLOCK_M,
+            "BLOCK_N": tiles.BLOCK_N, "FULL": tiles.FULL, "TAIL": tiles.TAIL, "BLOCK_D": power_of_two(D),
+            "PRECISION": dot_precision(qkv), "num_warps": tiles.num_warps, "num_stages": 2,
+            **dropout_arguments(dropout_p, seed)}
+
+
+def forward(qkv: Tensor, num_heads: int, scale: float | None, dropout_p: float, seed: Tensor | None,
+            save: bool) -> tuple[Tensor, list[Tensor]]:
+    """(out (B, N, C), [log-sum-exp (B, H, N) fp32, base 2] to save) of qkv (B, N, 3C)."""
+    qkv = qkv.contiguous()
+    B, N, C3 = qkv.shape
+    D = C3 // (3 * num_heads)
+    out = qkv.new_empty((B, N, C3 // 3))
+    saved = saved_like(qkv, num_heads) if save else []
+    tiles = forward_shape(N, D, qkv.element_size())
+    launch(OP, attention_fwd_kernel, B * num_heads * cdiv(N, tiles.BLOCK_M), qkv, qkv_ptr=qkv, out_ptr=out,
+           lse_ptr=saved[0] if save else None, BLOCK_V=power_of_two(D, 8),
+           **_arguments(tiles, qkv, num_heads, scale, dropout_p, seed))
+    return out, saved
+
+
+def saved_like(qkv: Tensor, num_heads: int, *_: object) -> list[Tensor]:
+    """What forward saves, uninitialised: [log-sum-exp (B, H, N) fp32]."""
+    return [qkv.new_empty((qkv.shape[0], num_heads, qkv.shape[1]), dtype=torch.float32)]
+
+
+def backward(grad: Tensor, saved: list[Tensor], needs: list[bool], qkv: Tensor, num_heads: int, scale: float | None,
+             dropout_p: float, seed: Tensor | None) -> list[Tensor]:
+    """[dqkv (B, N, 3C)] of grad (B, N, C)."""
+    if not needs[0]:
+        return [qkv.new_empty(0)]
+    qkv = qkv.contiguous()
+    B, N, C3 = qkv.shape
+    D = C3 // (3 * num_heads)
+    dqkv = qkv.new_empty((B, N, C3))
+    tensors = {"qkv_ptr": qkv, "grad_ptr": grad, "lse_ptr": saved[0], "dqkv_ptr": dqkv}
+    tiles = backward_shape(N, D, qkv.element_size())
+    if tiles is not None:
+        launch(OP, attention_bwd_kernel, B * num_heads, qkv, **tensors,
+               **_arguments(tiles, qkv, num_heads, scale, dropout_p, seed))
+        return [dqkv]
+    tiles = split_backward_shape(N, D, qkv.element_size())
+    tensors["delta_ptr"] = saved[0].new_empty(saved[0].shape)
+    programs = B * num_heads * cdiv(N, tiles.BLOCK_M)
+    arguments = _arguments(tiles, qkv, num_heads, scale, dropout_p, seed)
+    launch(OP, attention_bwd_dq_kernel, programs, qkv, **tensors, **arguments)
+    launch(OP, attention_bwd_dkv_kernel, programs, qkv, **tensors, **arguments)
+    return [dqkv]

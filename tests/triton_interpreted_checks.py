@@ -1,0 +1,107 @@
+"""Checks that run in Triton's interpreter, in the process that test_triton_interpreted.py starts.
+
+Dropout masks are made visible by inputs for which the output is the mask: equal logits and V = identity, weights of zero.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from deit_fast import ops
+from deit_fast.backend import OPS, BackendError
+from deit_fast.kernels.triton import common
+from deit_fast.kernels.triton.attention import split_keys
+from deit_fast.reference import block
+from deit_fast.reference.philox import keep_mask
+
+SEEDS = (0, 1, -1, 0x1234567_89ABCDEF)
+
+
+def attention_masks() -> None:
+    """With q = k = 0 and V = identity, out[i, j] N (1 - p) is the mask: aligned (N = 16) and unaligned (N = 18) rows."""
+    for seed in map(torch.tensor, SEEDS):
+        for N, H in ((16, 2), (18, 1)):
+            qkv = torch.zeros(2, N, 3, H, 32)
+            qkv[:, :, 2] = torch.eye(N, 32)[None, :, None]
+            out = ops.attention(qkv.view(2, N, -1), H, dropout_p=0.3, seed=seed, backend="triton")
+            mask = out.view(2, N, H, 32).transpose(1, 2)[..., :N] > 0.5 / N  # (B, H, N, N)
+            assert torch.equal(mask, keep_mask((2, H, N, N), 0.3, seed, block.SITE_ATTENTION)), (N, seed)
+
+
+def linear_residual_masks() -> None:
+    """With a weight of 0 and a bias of 1, out is the mask; also p > 1 / 2, whose threshold does not fit in int32."""
+    for seed in map(torch.tensor, SEEDS):
+        for F, p in ((64, 0.1), (33, 0.1), (36, 0.7)):
+            out = ops.linear_residual(torch.zeros(2, 5, 8), torch.zeros(F, 8), torch.ones(F), torch.zeros(2, 5, F), p, seed,
+                                      backend="triton")
+            assert torch.equal(out != 0, keep_mask((2, 5, F), p, seed, block.SITE_LINEAR_RESIDUAL)), (F, p, seed)
+
+
+def mlp_masks() -> None:
+    """With fc1 = 0, b1 = 9 and fc2 = identity, out - x is hidden mask times output mask; fused (C = 32) and wide (C = 68)."""
+    for seed in map(torch.tensor, SEEDS[-2:]):
+        for C in (32, 68):
+            x = torch.zeros(2, 5, C)
+            out = ops.layernorm_mlp(x, torch.ones(C), torch.zeros(C), torch.zeros(C, C), torch.full((C,), 9.0), torch.eye(C), None,
+                                    dropout_p=0.4, seed=seed, backend="triton")
+            hidden, output = (keep_mask(x.shape, 0.4, seed, site) for site in (block.SITE_MLP_HIDDEN, block.SITE_MLP_OUTPUT))
+            assert torch.equal(out != 0, hidden & output), (C, seed)
+
+
+def gradients_repeat() -> None:
+    """Two backward passes give the same bits."""
+    torch.manual_seed(0)
+    x, w, b = torch.randn(3, 50, 24), torch.randn(40, 24), torch.randn(40)
+    leaves = [t.requires_grad_() for t in (x, torch.ones(24), torch.zeros(24), w, b)]
+    runs = [torch.autograd.grad(ops.layernorm_linear(*leaves, backend="triton").square().sum(), leaves) for _ in range(2)]
+    assert all(torch.equal(first, second) for first, second in zip(*runs))
+
+
+def frozen_parameters() -> None:
+    """A frozen argument gets no gradient and changes nobody else's."""
+    torch.manual_seed(0)
+    shapes = {"x": (2, 9, 16), "ln_weight": (16,), "ln_bias": (16,), "fc1_weight": (20, 16), "fc1_bias": (20,),
+              "fc2_weight": (16, 20), "fc2_bias": (16,)}
+    tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
+    full = None
+    for trained in (tuple(shapes), ("x",), ("fc1_weight",), ("fc2_bias",)):
+        inputs = {name: t.clone().requires_grad_(name in trained) for name, t in tensors.items()}
+        ops.layernorm_mlp(**inputs, backend="triton").square().sum().backward()
+        full = full or inputs
+        for name, t in inputs.items():
+            assert (t.grad is not None) == (name in trained), (trained, name)
+            assert t.grad is None or torch.equal(t.grad, full[name].grad), (trained, name)
+
+
+def refusals() -> None:
+    """why_not speaks for dtypes, dropout without a seed, and a kernel that did not compile; the automatic order steps down."""
+    qkv = torch.randn(1, 4, 24)
+    op = OPS["attention"]
+    assert op.why_not("triton", qkv, 2, None, 0.0, None) is None
+    assert "interpreter" in op.why_not("triton", qkv.bfloat16(), 2, None, 0.0, None)
+    assert "float64" in op.why_not("triton", qkv.double(), 2, None, 0.0, None)
+    assert "without a seed" in op.why_not("triton", qkv, 2, None, 0.1, None)
+    common.FAILED["attention"] = "Triton 0.0 could not compile a_kernel here: out of resource"
+    assert op.select(None, qkv, 2, None, 0.0, None) != "triton"
+    try:
+        ops.attention(qkv, 2, backend="triton")
+    except BackendError as error:
+        assert "out of resource" in str(error)
+    else:
+        raise AssertionError("a backend that was asked for by name must raise")
+    common.FAILED.clear()
+
+
+def key_splits() -> None:
+    """Keys are cut into full blocks and one tail, without loss."""
+    for N in range(1, 400):
+        for BLOCK_N in (16, 32, 64):
+            full, tail = split_keys(N, BLOCK_N)
+            assert full % BLOCK_N == 0 and full <= N <= full + tail and tail <= BLOCK_N and (tail == 0) == (N == full)
+    assert split_keys(66, 64) == (64, 16) and split_keys(198, 64) == (192, 16)
+
+
+if __name__ == "__main__":
+    for check in (attention_masks, linear_residual_masks, mlp_masks, gradients_repeat, frozen_parameters, refusals, key_splits):
+        check()
+        print(f"{check.__name__}: ok")

@@ -55,8 +55,13 @@ def create_teacher(name: str, num_classes: int, stem: str = "imagenet",
     return network
 
 
+def skeleton(name: str, num_classes: int, stem: str = "imagenet") -> nn.Module:
+    """The same network on the meta device: shapes without memory."""
+    with torch.device("cpu" if name.startswith("regnet") else "meta"):  # RegNets compute their widths with tensors
+        return create_teacher(name, num_classes, stem).to("meta")
+
+
 def head_of(name: str, stem: str = "imagenet") -> str:
     """The name of the tensor whose first dimension is the class count: the one that differs between two networks."""
-    with torch.device("meta"):
-        few, more = (create_teacher(name, num_classes, stem).state_dict() for num_classes in (2, 3))
+    few, more = (skeleton(name, num_classes, stem).state_dict() for num_classes in (2, 3))
     return next(key for key in few if few[key].shape != more[key].shape)

@@ -24,7 +24,7 @@ from deit_fast.data.augmentation import Recipe
 from deit_fast.data.datasets import ImageData
 from deit_fast.data.loader import EvalLoader, TrainLoader
 from deit_fast.errors import CheckpointError, ConfigError
-from deit_fast.models.teacher import create_teacher, head_of
+from deit_fast.models.teacher import create_teacher, head_of, skeleton
 from deit_fast.training import checkpoint
 from deit_fast.training.build import build_eval_loaders
 from deit_fast.training.config import Config, DistillationConfig, OptimConfig
@@ -125,9 +125,8 @@ def _check_network(config: Config, data: ImageData, stem: str) -> None:
     c = config.distillation
     size, batch_size = c.teacher_input_size or data.train.images.shape[-1], _batch_size(config, data)
     try:
-        with torch.device("meta"):  # shapes only
-            network = create_teacher(c.teacher_model, len(data.classes), stem).train(c.teacher_path is None)
-            network(torch.empty(batch_size, 3, size, size))
+        network = skeleton(c.teacher_model, len(data.classes), stem).train(c.teacher_path is None)
+        network(torch.empty(batch_size, 3, size, size, device="meta"))
     except (ValueError, RuntimeError, AssertionError) as error:
         raise ConfigError(f"--teacher-model {c.teacher_model} with {batch_size} images of {size} pixels: {error} Change "
                           "--teacher-model, --teacher-stem, --teacher-input-size or --teacher-batch-size.") from error

@@ -1,8 +1,8 @@
 """Teachers: torchvision classifiers, with a stem that fits the image size.
 
-A ResNet's ImageNet stem (7x7 stride 2, then max-pooling) leaves 8x8 of a 32x32 image before the first stage; the CIFAR stem (3x3
-stride 1, no pooling) keeps all of it, is several points more accurate there, and costs 15 times the arithmetic (ResNet-50: 2.6
-GFLOP a forward against 0.17).
+A ResNet's ImageNet stem (7x7 stride 2, then max-pooling) leaves 8x8 of a 32x32 image before the first stage; the CIFAR
+stem (3x3 stride 1, no pooling) keeps all of it, is several points more accurate there, and costs 15 times the
+arithmetic (ResNet-50: 2.6 GFLOP a forward against 0.17).
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ class Log:
 class Progress:
     """Epoch, loss, top-1 of the last evaluation, images per second and time left of a run; a context manager.
 
-    Loss and top-1 are those that were read last, and between two reports the steps counted are those handed to the device:
-    nothing here waits for it.
+    Loss and top-1 are those that were read last, and between two reports the steps counted are those handed to the
+    device: nothing here waits for it.
     """
 
     def __init__(self, title: str, epochs: int, steps_per_epoch: int, batch_size: int, log: Log,

@@ -1,4 +1,4 @@
-"""`python -m deit_fast`: versions, hardware, and which backend of which op runs here, with the reason for every blank."""
+"""`python -m deit_fast`: versions, hardware, and which backend of which op runs here, or why not."""
 
 from __future__ import annotations
 

@@ -37,7 +37,8 @@ def _run(argv: list[str]) -> int:
     except Interrupted as stop:
         # The flag alone, and last: also a run that was resumed from some PATH goes on from its own folder now.
         again = argv if config.run.resume == "auto" else [*argv, "--resume"]
-        print(f"stopped by {stop} and saved. Continue with: python -m deit_fast.train {shlex.join(again)}", file=sys.stderr)
+        print(f"stopped by {stop} and saved. Continue with: python -m deit_fast.train {shlex.join(again)}",
+              file=sys.stderr)
         return 128 + stop.signum
     return 0
 

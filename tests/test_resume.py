@@ -88,6 +88,16 @@ def test_killed_at_random_moments(rich, tmp_path, seed):
     assert_same_run(tmp_path, rich)
 
 
+def test_fused_run_killed(tmp_path):
+    """Dropout of native ops is drawn from seeds that follow from the position: it needs no state to go on."""
+    flags = (*VIT, "--fused", "--epochs", "2", "--grad-accum-steps", "2", "--checkpoint-interval", "4", "--attn-drop", "0.1")
+    whole = undisturbed(tmp_path / "whole", flags)
+    for death in (Death(STEP, 7), Death(STEP, 9), Death(WRITING, 50)):
+        assert train(*flags, "--output-dir", tmp_path / "killed", "--resume", death=death).code == -signal.SIGKILL
+    assert train(*flags, "--output-dir", tmp_path / "killed", "--resume").code == 0
+    assert_same_run(tmp_path / "killed", whole)
+
+
 def test_killed_with_policies_in_workers(tmp_path):
     """RandAugment draws in worker processes that have prefetched beyond the checkpoint."""
     flags = (*VIT, "--epochs", "1", "--aa", "rand-m9-mstd0.5-inc1", "--workers", "2", "--checkpoint-interval", "4",

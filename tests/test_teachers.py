@@ -16,7 +16,7 @@ from deit_fast import create_model
 from deit_fast.data.augmentation import Recipe
 from deit_fast.data.datasets import load_dataset
 from deit_fast.errors import CheckpointError, ConfigError, DataError
-from deit_fast.models.teacher import create_teacher, head_of, list_teachers
+from deit_fast.models.teacher import create_teacher, head_of, list_teachers, skeleton
 from deit_fast.training import build, checkpoint, pretrained, teachers
 from deit_fast.training.config import Config, DataConfig, DistillationConfig, OptimConfig, RunConfig
 from deit_fast.training.distillation import Objective, Teacher, TeacherInput
@@ -184,18 +184,16 @@ def test_non_distilled_model_with_distillation():
 @pytest.mark.parametrize(("name", "stem", "head"), [
     ("resnet18", "cifar", "fc.weight"), ("squeezenet1_1", "imagenet", "classifier.1.weight"),
     ("vit_b_16", "imagenet", "heads.head.weight"), ("densenet121", "imagenet", "classifier.weight"),
-    ("inception_v3", "imagenet", "fc.weight"), ("googlenet", "imagenet", "fc.weight")])
+    ("inception_v3", "imagenet", "fc.weight"), ("regnet_y_400mf", "imagenet", "fc.weight"), ("googlenet", "imagenet", "fc.weight")])
 def test_the_head_of_an_architecture(name, stem, head):
     assert head_of(name, stem) == head
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list_teachers())
+@pytest.mark.parametrize("name", [name for name in list_teachers() if name != "regnet_y_128gf"])  # 2.6 GB of weights
 def test_every_teacher_has_a_head_and_a_size(name):
-    with torch.device("meta"):
-        network = create_teacher(name, 7).eval()
-        size = {"inception_v3": 299}.get(name, 224)
-        assert network(torch.empty(2, 3, size, size)).shape == (2, 7)
+    size = 299 if name == "inception_v3" else 224
+    assert skeleton(name, 7).eval()(torch.empty(2, 3, size, size, device="meta")).shape == (2, 7)
     assert head_of(name)
 
 

@@ -276,3 +276,21 @@ class TestBadInput:
         result = train(*VIT, "--epochs", "2", "--lr", "1e30", "--output-dir", tmp_path)
         assert result.code == 2 and "not finite" in result.output and "Traceback" not in result.output, result.output
         assert not (tmp_path / "last.pt").exists() and not (tmp_path / "best.pt").exists()
+
+
+def test_information_page():
+    """`python -m deit_fast`: versions, hardware, every op, and a reason for every blank, at 80 columns."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "COLUMNS": "80"}
+    result = subprocess.run([sys.executable, "-m", "deit_fast"], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    text = result.stdout
+    assert f"torch {torch.__version__}" in text and "CPU: " in text and "GPU: " in text
+    assert max(map(len, text.splitlines())) <= 80
+    for op, row in deit_fast.backends().items():
+        cells = re.search(rf"{op} +(.*)", text)[1].replace("\u2502", " ").split()
+        for cell, reason in zip(cells, row.values(), strict=True):
+            if reason is None:
+                assert cell == "yes"
+            else:
+                shown = text.split(f"\n{cell} ")[1].split("\n[")[0]
+                assert " ".join(shown.split()) == " ".join(reason.split())

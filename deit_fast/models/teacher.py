@@ -1,8 +1,8 @@
 """Teachers: torchvision classifiers, with a stem that fits the image size.
 
-A ResNet's ImageNet stem (7x7 stride 2, then max-pooling) leaves 8x8 of a 32x32 image before the first stage; the CIFAR stem (3x3
-stride 1, no pooling) keeps all of it, is several points more accurate there, and costs 15 times the arithmetic (ResNet-50: 2.6
-GFLOP a forward against 0.17).
+A ResNet's ImageNet stem (7x7 stride 2, then max-pooling) leaves 8x8 of a 32x32 image before the first stage; the CIFAR
+stem (3x3 stride 1, no pooling) keeps all of it, is several points more accurate there, and costs 15 times the
+arithmetic (ResNet-50: 2.6 GFLOP a forward against 0.17).
 """
 
 from __future__ import annotations
@@ -55,8 +55,13 @@ def create_teacher(name: str, num_classes: int, stem: str = "imagenet",
     return network
 
 
+def skeleton(name: str, num_classes: int, stem: str = "imagenet") -> nn.Module:
+    """The same network on the meta device: shapes without memory."""
+    with torch.device("cpu" if name.startswith("regnet") else "meta"):  # RegNets compute their widths with tensors
+        return create_teacher(name, num_classes, stem).to("meta")
+
+
 def head_of(name: str, stem: str = "imagenet") -> str:
     """The name of the tensor whose first dimension is the class count: the one that differs between two networks."""
-    with torch.device("meta"):
-        few, more = (create_teacher(name, num_classes, stem).state_dict() for num_classes in (2, 3))
+    few, more = (skeleton(name, num_classes, stem).state_dict() for num_classes in (2, 3))
     return next(key for key in few if few[key].shape != more[key].shape)

@@ -25,8 +25,9 @@ def check_model(config: Config) -> int:
     with torch.device("meta"):  # no memory, no random draws
         model = _create(config, 2, config.data.input_size)
     if model.distilled and config.distillation.distillation_type == "none" and not config.run.eval:
-        raise ConfigError(f"--distillation-type none leaves the distillation token of {c.model} untrained, and evaluation "
-                          "averages its head in. Use --tokens cls, or --tokens cls+cls, or distillation soft or hard.")
+        raise ConfigError(f"--distillation-type none leaves the distillation token of {c.model} untrained, and "
+                          "evaluation averages its head in. Use --tokens cls, or --tokens cls+cls, or distillation soft "
+                          "or hard.")
     return model.patch_embed.img_size
 
 
@@ -103,9 +104,9 @@ def build_eval_loaders(config: Config, data: ImageData, device: torch.device) ->
 def build_recipe(a: AugmentationConfig, data: ImageData) -> Recipe:
     """What the plan draws, from the settings; sets whose mirror images mean something else are never flipped."""
     return Recipe(crop_pad=a.crop_pad, hflip=a.hflip if data.flips else 0.0, brightness=a.color_jitter,
-                  contrast=a.color_jitter, saturation=a.color_jitter, reprob=a.reprob, remode=a.remode, recount=a.recount,
-                  mixup=a.mixup, cutmix=a.cutmix, cutmix_minmax=a.cutmix_minmax, mixup_prob=a.mixup_prob,
-                  mixup_switch_prob=a.mixup_switch_prob, mixup_mode=a.mixup_mode)
+                  contrast=a.color_jitter, saturation=a.color_jitter, reprob=a.reprob, remode=a.remode,
+                  recount=a.recount, mixup=a.mixup, cutmix=a.cutmix, cutmix_minmax=a.cutmix_minmax,
+                  mixup_prob=a.mixup_prob, mixup_switch_prob=a.mixup_switch_prob, mixup_mode=a.mixup_mode)
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,8 @@ def probe(config: Config, model: VisionTransformer, objective: Objective, train:
     where native kernels draw all the masks.
     """
     block = model.blocks[0]
-    drawing = [*(["linear_residual", "layernorm_mlp"] if block.drop else []), *(["attention"] if block.attn_drop else [])]
+    drawing = ["linear_residual", "layernorm_mlp"] if block.drop else []
+    drawing += ["attention"] if block.attn_drop else []
     with torch.random.fork_rng(), torch.no_grad(), autocast(device, config.run):
         with record() as loading:
             images, targets = next(train.epoch(0))

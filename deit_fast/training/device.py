@@ -20,7 +20,8 @@ def resolve_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} GPUs here. Use --device cpu or auto.")
+        raise ConfigError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} GPUs here. "
+                          "Use --device cpu or auto.")
     return device
 
 

@@ -1,9 +1,9 @@
 """The objective of a step: the student's two heads, the labels, and a frozen teacher that sees the same images.
 
 DeiT's rules (Touvron et al. 2020): the teacher gets the very batch that the student gets, after every augmentation and
-mixing; its gradients are never taken, its batch norm never updates, and it is in no optimizer, average or checkpoint of the
-student. Its own normalisation is restored by one affine map per channel, because a teacher that was trained with other
-statistics than the student's sees wrong colours otherwise.
+mixing; its gradients are never taken, its batch norm never updates, and it is in no optimizer, average or checkpoint of
+the student. Its own normalisation is restored by one affine map per channel, because a teacher that was trained with
+other statistics than the student's sees wrong colours otherwise.
 """
 
 from __future__ import annotations
@@ -83,5 +83,5 @@ class Objective:
         if self.tokens == "cls+cls":
             return (ops.distillation_loss(cls, None, targets) + ops.distillation_loss(dist, None, targets)) / 2
         c = self.config
-        return ops.distillation_loss(cls, dist, targets, self.teacher(images), c.distillation_type, c.distillation_alpha,
-                                     c.distillation_tau, c.distillation_reduction)
+        return ops.distillation_loss(cls, dist, targets, self.teacher(images), c.distillation_type,
+                                     c.distillation_alpha, c.distillation_tau, c.distillation_reduction)

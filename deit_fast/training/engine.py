@@ -242,10 +242,11 @@ class Trainer:
         checkpoint.save(self.last, self._weights() | {
             "settings": self.job.settings, "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
             "epoch": self.epoch, "step": self.step, "seconds": self.seconds, "wall_seconds": self.wall_seconds,
-            "loss_sum": self.loss_sum.item(), "rng": checkpoint.rng_state(), "history": self.history, "best": self.best})
+            "loss_sum": self.loss_sum.item(), "rng": checkpoint.rng_state(), "history": self.history,
+            "best": self.best})
 
     def restore(self, path: Path, state: dict) -> None:
-        """Continues from `state`, read from `path`; CheckpointError when it is of another model or of other settings."""
+        """Continues from `state`, read from `path`; CheckpointError when it is of another model or settings."""
         check_resumable(path, state, self.job.name, self.job.num_classes, self.job.settings)
         if state["best"] is not None:
             self._adopt_best(path)
@@ -266,8 +267,8 @@ class Trainer:
         if theirs.exists() and theirs.resolve() != ours.resolve():
             checkpoint.save(ours, checkpoint.load(theirs))
         elif not ours.exists():
-            raise CheckpointError(f"{path} counts on {theirs}, the weights of the best epoch so far, and that file is gone. "
-                                  "Put it back, or start anew with another --output-dir.")
+            raise CheckpointError(f"{path} counts on {theirs}, the weights of the best epoch so far, and that file "
+                                  "is gone. Put it back, or start anew with another --output-dir.")
 
     def _check_loss(self) -> None:
         """Raises TrainingError when the loss of some step was not finite."""
@@ -280,7 +281,8 @@ class Trainer:
         self._check_loss()
         tensors = [tensor for tensor in self.job.model.state_dict().values() if tensor.is_floating_point()]
         if not torch.stack(torch._foreach_norm(tensors, ord=torch.inf)).isfinite().all():
-            self._diverged(f"the weights are not finite after step {self.step} of epoch {self.epoch + 1}", self.step - 1)
+            self._diverged(f"the weights are not finite after step {self.step} of epoch {self.epoch + 1}",
+                           self.step - 1)
 
     def _diverged(self, fact: str, step: int) -> None:
         lr = self.schedule.lr(self.epoch * self.updates_per_epoch + step // self.accumulate)

@@ -42,8 +42,9 @@ def evaluate(config: Config, data: ImageData, model: VisionTransformer, resume: 
         checkpoint.check_matches(resume, state, name=config.model.model, num_classes=len(data.classes))
         checkpoint.check_matches(resume, state["metadata"], tokens=model.tokens, img_size=model.patch_embed.img_size)
         if state["metadata"]["classes"] != list(data.classes):
-            raise CheckpointError(f"{resume} knows the classes {', '.join(state['metadata']['classes'])}; {data.name} has "
-                                  f"{', '.join(data.classes)}. Evaluate on the data that it was trained on.")
+            raise CheckpointError(f"{resume} knows the classes {', '.join(state['metadata']['classes'])}; "
+                                  f"{data.name} has {', '.join(data.classes)}. Evaluate on the data that it was "
+                                  "trained on.")
         log(f"weights from {resume}")
         weights = {"": state["model"]} | ({} if state["ema"] is None else {"ema_": state["ema"]["module"]})
     loaders = build_eval_loaders(config, data, device)

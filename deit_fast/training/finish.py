@@ -51,9 +51,10 @@ def finish(config: Config, data: ImageData, trainer: Trainer, serving: Serving, 
         "teacher": None if teacher is None else asdict(teacher),
         "ops": serving.ops, "seeded_dropout": serving.seeded,
         "seeds": {"seed": config.run.seed, "data_seed": config.data.data_seed},
-        "effective_lr": trainer.schedule.effective_lr, "device": describe_device(trainer.device), "versions": versions(),
-        "threads": torch.get_num_threads(), "training_seconds": sum(row["seconds"] for row in history),
-        "wall_seconds": trainer.wall_seconds})
+        "effective_lr": trainer.schedule.effective_lr, "device": describe_device(trainer.device),
+        "versions": versions(), "threads": torch.get_num_threads(),
+        "training_seconds": sum(row["seconds"] for row in history), "wall_seconds": trainer.wall_seconds})
     figures = ", ".join(f"{_WORDS.get(name, name)} {row[f'{prefix}test_{name}']:.4f}" for name in METRICS)
     log(f"best epoch {row['epoch']} (by {best['best']['metric']}), on the test split of {data.name}: {figures}")
-    log(f"written to {output_dir}: {', '.join(sorted(p.name for p in output_dir.iterdir() if not p.name.startswith('.')))}")
+    names = sorted(path.name for path in output_dir.iterdir() if not path.name.startswith("."))
+    log(f"written to {output_dir}: {', '.join(names)}")

@@ -18,7 +18,8 @@ def pretrained_weights(name: str) -> Mapping[str, Tensor]:
     """The state dict of torchvision's DEFAULT weights of network `name`; DataError when they cannot be had."""
     weights = torchvision.models.get_model_weights(name).DEFAULT
     cached = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
-    remedy = f"Put that file into {cached.parent}, or use --teacher-weights none (train from scratch) or --teacher-path."
+    remedy = (f"Put that file into {cached.parent}, or use --teacher-weights none (train from scratch) or "
+              "--teacher-path.")
     why = None if cached.exists() else unreachable(weights.url, PROBE_SECONDS)
     if why is not None:
         raise DataError(f"--teacher-weights DEFAULT: {weights.url} cannot be downloaded ({why}). {remedy}")

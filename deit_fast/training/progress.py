@@ -24,7 +24,8 @@ class Log:
 class Progress:
     """Epoch, loss, top-1 of the last evaluation, images per second and time left of a run; a context manager.
 
-    The loss and the top-1 are those that were read last: nothing here waits for the device.
+    Loss and top-1 are those that were read last, and between two reports the steps counted are those handed to the
+    device: nothing here waits for it.
     """
 
     def __init__(self, title: str, epochs: int, steps_per_epoch: int, batch_size: int, log: Log,
@@ -32,6 +33,7 @@ class Progress:
         self.title, self.epochs, self.steps, self.batch_size, self.log = title, epochs, steps_per_epoch, batch_size, log
         self.epoch = 0
         self.top1 = None if last_row is None else last_row[_top1(last_row)]
+        self.loss: float | None = None
         self.rate = 0.0  # images per second since the last report
         self.evaluation_seconds = 0.0  # of the last evaluation
         self.mark = (time.perf_counter(), 0)  # (moment, step) of the last report
@@ -39,8 +41,8 @@ class Progress:
         self.bar = None
         if log.console.is_terminal:
             self.bar = Bar(TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(),
-                           TextColumn("{task.fields[words]}"), console=log.console)
-            self.task = self.bar.add_task(title, total=steps_per_epoch, words="")
+                           TextColumn("{task.fields[words]}"), console=log.console, transient=True)
+            self.task = self.bar.add_task(title, total=steps_per_epoch, visible=False, words="")
 
     def __enter__(self) -> Progress:
         if self.bar:
@@ -55,26 +57,30 @@ class Progress:
         """Epoch `epoch` (from 0) goes on from `step`."""
         self.epoch, self.mark = epoch, (time.perf_counter(), step)
         if self.bar:
-            self.bar.reset(self.task, total=self.steps, completed=step, description=self._name(), words=self._words(None, step))
+            self.bar.reset(self.task, completed=step, visible=True, description=self._name(), words=self._words(step))
 
     def tick(self, step: int) -> None:
         """`step` batches of the epoch are handed to the device."""
         now = time.perf_counter()
         if self.bar and now - self.drawn > REDRAW_SECONDS:
             self.drawn = now
-            self.bar.update(self.task, completed=step)
+            self._measure_rate(now, step)
+            self.bar.update(self.task, completed=step, words=self._words(step))
 
     def report(self, step: int, loss: float) -> None:
         """`step` batches of the epoch are done, with this mean loss."""
-        now, (moment, before) = time.perf_counter(), self.mark
-        self.mark = (now, step)
+        now = time.perf_counter()
+        self._measure_rate(now, step)
+        self.loss, self.mark = loss, (now, step)
+        if self.bar:
+            self.bar.update(self.task, completed=step, words=self._words(step))
+        else:
+            self.log(f"{self._name()}  step {step}/{self.steps}  {self._words(step)}")
+
+    def _measure_rate(self, now: float, step: int) -> None:
+        moment, before = self.mark
         if step > before:
             self.rate = (step - before) * self.batch_size / max(now - moment, 1e-9)
-        words = self._words(loss, step)
-        if self.bar:
-            self.bar.update(self.task, completed=step, words=words)
-        else:
-            self.log(f"{self._name()}  step {step}/{self.steps}  {words}")
 
     def evaluation_starts(self) -> None:
         """The steps of the epoch are done; its evaluation comes next."""
@@ -97,13 +103,15 @@ class Progress:
     def _name(self) -> str:
         return f"{self.title}epoch {self.epoch + 1}/{self.epochs}"
 
-    def _words(self, loss: float | None, step: int) -> str:
+    def _words(self, step: int) -> str:
         """Loss, top-1, speed and time left; a dash for what is not known yet."""
-        epochs = self.epochs - self.epoch - 1
-        images = (epochs * self.steps + self.steps - step) * self.batch_size
-        left = None if self.rate == 0.0 else duration(images / self.rate + (epochs + 1) * self.evaluation_seconds)
-        return (f"loss {'-' if loss is None else f'{loss:.4f}'}  top-1 {'-' if self.top1 is None else f'{self.top1:.4f}'}  "
-                f"{self.rate:,.0f} img/s  ETA {left or '-'}")
+        loss, top1 = ("-" if value is None else f"{value:.4f}" for value in (self.loss, self.top1))
+        if self.rate == 0.0:
+            return f"loss {loss}  top-1 {top1}  - img/s  ETA -"
+        epochs = self.epochs - self.epoch
+        images = (epochs * self.steps - step) * self.batch_size
+        left = duration(images / self.rate + epochs * self.evaluation_seconds)
+        return f"loss {loss}  top-1 {top1}  {self.rate:,.0f} img/s  ETA {left}"
 
 
 def _top1(row: dict) -> str:

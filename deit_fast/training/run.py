@@ -61,8 +61,8 @@ def _memory() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise TrainingError(f"{str(error).partition('. ')[0]}. Lower --batch-size (and raise --grad-accum-steps), or use "
-                            "--amp or --grad-checkpointing.") from error
+        raise TrainingError(f"{str(error).partition('. ')[0]}. Lower --batch-size (and raise --grad-accum-steps), or "
+                            "use --amp or --grad-checkpointing.") from error
 
 
 def _train(config: Config, data: ImageData, model: VisionTransformer, resume: Path | None, device: torch.device,
@@ -90,7 +90,8 @@ def _train(config: Config, data: ImageData, model: VisionTransformer, resume: Pa
     c = config.model
     job = Job(c.model, model, objective, train, splits, len(data.classes), output_dir, settings,
               metadata={"model": c.model, "tokens": model.tokens, "img_size": model.patch_embed.img_size,
-                        "classes": list(data.classes), "mean": list(data.mean), "std": list(data.std), "data": data.name},
+                        "classes": list(data.classes), "mean": list(data.mean), "std": list(data.std),
+                        "data": data.name},
               seed=build.dropout_seed(config.run.seed, device) if serving.seeded else None,
               ema=ModelEma(model, c.model_ema_decay, c.model_ema_warmup) if c.model_ema else None,
               mixing_off=config.augmentation.mixup_off_epoch)

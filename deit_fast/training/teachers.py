@@ -1,11 +1,13 @@
 """Where a run's teacher comes from: a given checkpoint, the cache, or its own training first.
 
-A trained teacher is kept under a key of everything that made it (data fingerprint, architecture, recipe, seed), so a second
-run with the same data finds it. Its folder is that of any run: `last.pt` lets a killed training go on, `metrics.csv` says
-how it went, and `done.pt` is the teacher. Its seed is the data seed, so that students of several seeds share one teacher.
+A trained teacher is kept under a key of everything that made it (data fingerprint, architecture, recipe, seed), so a
+second run with the same data finds it. Its folder is that of any run: `last.pt` lets a killed training go on,
+`metrics.csv` says how it went, and `done.pt` is the teacher. Its seed is the data seed, so that students of several
+seeds share one teacher.
 
-Recipe: SGD with Nesterov momentum 0.9, cosine from `--teacher-lr` to 0 after half an epoch of warmup, weight decay 5e-4,
-crop with padding 4 and flips: the usual ResNet recipe on CIFAR. Pretrained weights start at a tenth of the learning rate.
+Recipe: SGD with Nesterov momentum 0.9, cosine from `--teacher-lr` to 0 after half an epoch of warmup, weight decay
+5e-4, crop with padding 4 and flips: the usual ResNet recipe on CIFAR. Pretrained weights start at a tenth of the
+learning rate.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from deit_fast.data.augmentation import Recipe
 from deit_fast.data.datasets import ImageData
 from deit_fast.data.loader import EvalLoader, TrainLoader
 from deit_fast.errors import CheckpointError, ConfigError
-from deit_fast.models.teacher import create_teacher, head_of
+from deit_fast.models.teacher import create_teacher, head_of, skeleton
 from deit_fast.training import checkpoint
 from deit_fast.training.build import build_eval_loaders
 from deit_fast.training.config import Config, DistillationConfig, OptimConfig
@@ -58,7 +60,7 @@ def resolve_stem(config: DistillationConfig, device: torch.device, image_size: i
 
 
 def teacher_identity(config: Config, data: ImageData, device: torch.device) -> str:
-    """What makes this run's teacher that teacher: the contents of --teacher-path, or everything that its training reads."""
+    """What makes a run's teacher that teacher: the contents of --teacher-path, or everything its training reads."""
     c = config.distillation
     if c.teacher_path is not None:
         return hashlib.sha256(_read(Path(c.teacher_path))).hexdigest()[:16]
@@ -94,8 +96,8 @@ def _cached_or_trained(config: Config, data: ImageData, stem: str, device: torch
     """(source, network, metadata) of the teacher under this run's key, trained first when it is not there."""
     c = config.distillation
     recipe = _recipe(config, data, stem)
-    cache = Path(c.teacher_cache or Path(os.environ.get("DEIT_FAST_CACHE") or Path.home() / ".cache/deit_fast") / "teachers")
-    folder = cache / f"{c.teacher_model}-{_key(recipe)}"
+    home = Path(os.environ.get("DEIT_FAST_CACHE") or Path.home() / ".cache/deit_fast")
+    folder = Path(c.teacher_cache or home / "teachers") / f"{c.teacher_model}-{_key(recipe)}"
     source = f"from {folder}"
     if not (folder / "done.pt").exists():
         source = f"trained first, kept in {folder}"
@@ -125,19 +127,20 @@ def _check_network(config: Config, data: ImageData, stem: str) -> None:
     c = config.distillation
     size, batch_size = c.teacher_input_size or data.train.images.shape[-1], _batch_size(config, data)
     try:
-        with torch.device("meta"):  # shapes only
-            network = create_teacher(c.teacher_model, len(data.classes), stem).train(c.teacher_path is None)
-            network(torch.empty(batch_size, 3, size, size))
+        network = skeleton(c.teacher_model, len(data.classes), stem).train(c.teacher_path is None)
+        network(torch.empty(batch_size, 3, size, size, device="meta"))
     except (ValueError, RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--teacher-model {c.teacher_model} with {batch_size} images of {size} pixels: {error} Change "
-                          "--teacher-model, --teacher-stem, --teacher-input-size or --teacher-batch-size.") from error
+        raise ConfigError(f"--teacher-model {c.teacher_model} with {batch_size} images of {size} pixels: {error} "
+                          "Change --teacher-model, --teacher-stem, --teacher-input-size or "
+                          "--teacher-batch-size.") from error
 
 
 def _batch_size(config: Config, data: ImageData) -> int:
     return min(config.distillation.teacher_batch_size, len(data.train))
 
 
-def _train(config: Config, data: ImageData, stem: str, recipe: dict, folder: Path, device: torch.device, log: Log) -> None:
+def _train(config: Config, data: ImageData, stem: str, recipe: dict, folder: Path, device: torch.device,
+           log: Log) -> None:
     """Trains the teacher like a student, resuming where an earlier attempt was killed, and writes done.pt."""
     c = config.distillation
     pretrained = pretrained_weights(c.teacher_model) if c.teacher_weights == "DEFAULT" else None
@@ -153,8 +156,8 @@ def _train(config: Config, data: ImageData, stem: str, recipe: dict, folder: Pat
     train = TrainLoader(data.train, Recipe(crop_pad=4, hflip=0.5 if data.flips else 0.0), data.mean, data.std,
                         len(data.classes), _batch_size(config, data), data_seed=config.data.data_seed, device=device,
                         channels_last=run.channels_last)
-    job = Job(c.teacher_model, model, _cross_entropy, train, build_eval_loaders(config, data, device), len(data.classes),
-              folder, recipe, {"mean": list(mean), "std": list(std), "stem": stem}, title="teacher ")
+    job = Job(c.teacher_model, model, _cross_entropy, train, build_eval_loaders(config, data, device),
+              len(data.classes), folder, recipe, {"mean": list(mean), "std": list(std), "stem": stem}, title="teacher ")
     trainer = Trainer(job, optim, run, device, log)
     if trainer.last.exists():
         trainer.restore(trainer.last, checkpoint.load(trainer.last, device))

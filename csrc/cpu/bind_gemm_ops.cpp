@@ -27,6 +27,7 @@ template <class Call> Call in(Call call, Pointer workspace) {
 
 void bind_gemm_ops(py::module_& m) {
     using NoGil = py::call_guard<py::gil_scoped_release>;
+    m.def("multiply_rate", &multiply_rate, NoGil());
     py::class_<LayerNormLinear>(m, "LayerNormLinear", py::module_local())
         .def(py::init([](bool is_bf16, long M, long C, long F, double eps, Pointer x, Pointer mean, Pointer rstd,
                          ParamArg ln_weight, ParamArg ln_bias, ParamArg weight, ParamArg bias, int threads) {

@@ -102,15 +102,15 @@ void backward(const LayerNormLinear& a, const T* grad, T* dx, Param dln_weight, 
             std::fill(partial, partial + at.words, 0.0f);
             for (long row = chunks.begin(chunk), end = chunks.begin(chunk + 1); row < end; row += TILE) {
                 const long rows = std::min(TILE, end - row);
-                copy_tile(grad + row * F, rows, F, s.grad);
-                add_column_sums(s.grad, rows, F, partial + at.dbias);
+                const Tile<E> d = tile_of(grad + row * F, rows, F, s.grad);
+                add_column_sums(d, rows, F, partial + at.dbias);
                 if (dweight.p) {
                     normalise(ln, x + row * C, rows, means + row, rstds + row, s.normal);
-                    zero_rest(s.normal, rows, C), zero_rest(s.grad, rows, F);
+                    zero_rest(s.normal, rows, C), zero_rest(d, rows, F);
                     multiply<E>(C, padded(F) / NR, token_words<E>(rows), token_columns(s.normal, rows, C, s.normal_tokens),
-                                token_panels(s.grad, rows, F, s.grad_tokens), partial + at.dweight, padded(F), true);
+                                token_panels(d, rows, F, s.grad_tokens), partial + at.dweight, padded(F), true);
                 }
-                multiply<E>(rows, padded(C) / NR, padded(F) / PER_WORD<E>, s.grad.rows(), weight, s.dnormal, padded(C), false);
+                multiply<E>(rows, padded(C) / NR, padded(F) / PER_WORD<E>, d.rows(), weight, s.dnormal, padded(C), false);
                 layernorm_gradient<T>(ln, x + row * C, rows, means + row, rstds + row, s.dnormal, padded(C), nullptr,
                                       dx + row * C, partial + at.dln_weight, partial + at.dln_bias);
             }

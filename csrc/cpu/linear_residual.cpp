@@ -57,9 +57,9 @@ template <class T> void forward(const LinearResidual& a, const T* residual, T* o
 #pragma omp for schedule(dynamic)
         for (long row = 0; row < a.M; row += tile) {
             const long rows = std::min(tile, a.M - row);
-            copy_tile(x + row * C, rows, C, s.x);
+            const Tile<E> tile_x = tile_of(x + row * C, rows, C, s.x);
             for (long j = 0; j < padded(F) / NR; ++j) {
-                multiply<E>(rows, 1, padded(C) / PER_WORD<E>, s.x.rows(), {weight.p + j * weight.panel, 0, NR}, s.y, NR, false);
+                multiply<E>(rows, 1, padded(C) / PER_WORD<E>, tile_x.rows(), {weight.p + j * weight.panel, 0, NR}, s.y, NR, false);
                 add_branch(branch, row, rows, j * NR, NR, s.y, NR, shared.bias, residual, out, s.room);
             }
         }
@@ -91,10 +91,10 @@ template <class T> void backward(const LinearResidual& a, const T* grad, T* dx, 
                 const long rows = std::min(TILE, end - row);
                 branch_gradient(branch, row, rows, grad, s.grad, partial + at.dbias, s.room);
                 if (dweight.p) {
-                    copy_tile(x + row * C, rows, C, s.x);
-                    zero_rest(s.x, rows, C);
+                    const Tile<E> tile_x = tile_of(x + row * C, rows, C, s.x);
+                    zero_rest(tile_x, rows, C);
                     multiply<E>(F, padded(C) / NR, token_words<E>(rows), token_columns(s.grad, rows, F, s.grad_tokens),
-                                token_panels(s.x, rows, C, s.x_tokens), partial + at.dweight, padded(C), true);
+                                token_panels(tile_x, rows, C, s.x_tokens), partial + at.dweight, padded(C), true);
                 }
                 for (long j = 0; dx && j < padded(C) / NR; ++j) {
                     multiply<E>(rows, 1, padded(F) / PER_WORD<E>, s.grad.rows(), {weight.p + j * weight.panel, 0, NR}, s.dx, NR, false);

@@ -75,7 +75,6 @@ struct Param {
         if (is_bf16) store(static_cast<bf16*>(p) + i, v, n);
         else store(static_cast<float*>(p) + i, v, n);
     }
-    void set(long i, float v) const { store_at(i, set1(v), 1); }
 };
 
 inline int lanes_left(long n, long i) { return int(std::min<long>(LANES, n - i)); }

@@ -64,4 +64,7 @@ void layernorm_mlp_forward(const LayerNormMlp& call, void* out);
 void layernorm_mlp_backward(const LayerNormMlp& call, const void* grad, void* dx, Param dln_weight, Param dln_bias,
                             Param dfc1_weight, Param dfc1_bias, Param dfc2_weight, Param dfc2_bias);
 
+// Multiplications and additions a second from registers alone, all threads together: the peak that the products are compared with.
+double multiply_rate(bool is_bf16, int threads, long passes);
+
 }  // namespace deit

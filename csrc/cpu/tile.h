@@ -29,6 +29,15 @@ template <class T, class E> inline void copy_tile(const T* x, long rows, long wi
         for (long c = 0; c < padded(width); c += LANES) store(to.row(r) + c, load_in(x + r * width, c, width));
 }
 
+// The same without a copy where the rows lie in memory as operands already.
+template <class T, class E> inline Tile<E> tile_of(const T* x, long rows, long width, Tile<E> room) {
+    if constexpr (sizeof(T) == sizeof(float)) {
+        if (width % NR == 0) return {const_cast<float*>(x), width};
+    }
+    copy_tile(x, rows, width, room);
+    return room;
+}
+
 // Zeros the rows from `rows` to the next multiple of TOKENS, for products contracted over tokens.
 template <class E> inline void zero_rest(Tile<E> tile, long rows, long width) {
     for (long r = rows; r < padded(rows, TOKENS<E>); ++r)
@@ -179,10 +188,16 @@ inline void sum_row(const float* partial, const Chunks& chunks, long chunk, long
 
 // Rows f .. f + LANES - 1 of `to` (F, C) from partials of its transpose (C, row).
 inline void sum_transposed(const float* partial, const Chunks& chunks, long chunk, long f, long row, long F, long C, Param to) {
-    for (long c = 0; c < C; ++c) {
-        Vec total = load(partial + c * row + f);
-        for (long i = 1; i < chunks.count; ++i) total += load(partial + i * chunk + c * row + f);
-        for (int lane = 0; lane < lanes_left(F, f); ++lane) to.set((f + lane) * C + c, total[lane]);
+    alignas(64) float block[LANES * LANES], turned[LANES * LANES];
+    for (long c = 0; c < C; c += LANES) {
+        for (int k = 0; k < lanes_left(C, c); ++k) {
+            const float* from = partial + (c + k) * row + f;
+            Vec total = load(from);
+            for (long i = 1; i < chunks.count; ++i) total += load(from + i * chunk);
+            store(block + k * LANES, total);
+        }
+        transpose(block, LANES, turned, LANES);
+        for (int i = 0; i < lanes_left(F, f); ++i) to.store_at((f + i) * C + c, load(turned + i * LANES), lanes_left(C, c));
     }
 }
 

@@ -41,8 +41,8 @@ template <bool NARROW, class T> void forward_head(const Attention& call, Head& h
     R::stage(h, q + 2 * C, stride, N, 1.0f, h.v);
     for_each_block(call, b, head, [&](long i, const Queries& block) {
         R::stage(h, q + i * stride, stride, block.live, block.logits.sign, h.q);
-        block.live <= TAIL ? KeysInLanes<NARROW>::forward(h, block) : QueriesInLanes<NARROW>::forward(h, block);
-        R::unstage(h, h.row, block.live, out + (b * N + i) * C + head * h.D, C);
+        block.live <= KeysInLanes<NARROW>::MOST ? KeysInLanes<NARROW>::forward(h, block) : QueriesInLanes<NARROW>::forward(h, block);
+        R::unstage(h, h.row, block.live, 1.0f, out + (b * N + i) * C + head * h.D, C);
     });
 }
 
@@ -59,13 +59,11 @@ template <bool NARROW, class T> void backward_head(const Attention& call, Head& 
     for_each_block(call, b, head, [&](long i, const Queries& block) {
         R::stage(h, q + i * stride, stride, block.live, block.logits.sign, h.q);
         R::stage(h, dout + i * C, C, block.live, 1.0f, h.dout);
-        block.live <= TAIL ? KeysInLanes<NARROW>::backward(h, block) : QueriesInLanes<NARROW>::backward(h, block);
-        R::unstage(h, h.row, block.live, dq + i * stride, stride);
+        block.live <= KeysInLanes<NARROW>::MOST ? KeysInLanes<NARROW>::backward(h, block) : QueriesInLanes<NARROW>::backward(h, block);
+        R::unstage(h, h.row, block.live, 1.0f, dq + i * stride, stride);
     });
-    R::fold(h, h.dk, make_logits(call.scale).sign * float(call.scale));
-    R::fold(h, h.dv, 1.0f);
-    R::unstage(h, h.dk, N, dq + C, stride);
-    R::unstage(h, h.dv, N, dq + 2 * C, stride);
+    R::unstage_sums(h, h.dk, make_logits(call.scale).sign * float(call.scale), dq + C, stride);
+    R::unstage_sums(h, h.dv, 1.0f, dq + 2 * C, stride);
 }
 
 // Calls task(head's buffers, image, head) for every head of every image, on all threads.

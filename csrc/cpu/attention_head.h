@@ -39,7 +39,7 @@ struct Head {
     float *dk, *dv;               // (N, max(pitch, LANES)), sums
     float *q, *dout, *row;        // (QUERIES, pitch)
     float *qt, *doutt, *column;   // (pitch, QUERIES)
-    float *s, *ds;                // (N, QUERIES), or (TAIL, padded N)
+    float *s, *ds;                // (N, QUERIES), or (queries, padded N)
     Mask mask;
 
     long sum_pitch() const { return std::max<long>(pitch, LANES); }
@@ -80,59 +80,87 @@ template <class Part> inline void in_parts(long N, Part part) {
     for (long j = PART; j < N; j += PART) part(j, std::min(N - j, PART), std::true_type());
 }
 
+#if defined(__AVX512F__)
+// Two rows of 8 in one vector: one store, which later loads of both rows can forward from (masked stores of a row each took as long
+// as a tenth of the forward pass).
+inline Vec load2(const float* a, const float* b) {
+    return (Vec)_mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(a)), _mm256_loadu_ps(b), 1);
+}
+inline Vec load2(const bf16* a, const bf16* b) {
+    return widen((HalfVec)_mm256_set_m128i(_mm_loadu_si128((const __m128i*)b), _mm_loadu_si128((const __m128i*)a)));
+}
+inline void store2(float* a, float* b, Vec v) {
+    _mm256_storeu_ps(a, _mm512_castps512_ps256((__m512)v));
+    _mm256_storeu_ps(b, _mm512_extractf32x8_ps((__m512)v, 1));
+}
+inline void store2(bf16* a, bf16* b, Vec rows) {
+    const __m256i v = (__m256i)narrow(rows);
+    _mm_storeu_si128((__m128i*)a, _mm256_castsi256_si128(v));
+    _mm_storeu_si128((__m128i*)b, _mm256_extracti128_si256(v, 1));
+}
+
+// Elements d of both rows side by side.
+inline Vec interleaved(Vec rows) { return interleave<0>(rows, (Vec)_mm512_shuffle_f32x4((__m512)rows, (__m512)rows, 0xEE)); }
+
+// p[0] p[1] p[0] p[1] ...
+inline Vec twice(const float* p) {
+    double two;
+    std::memcpy(&two, p, 8);
+    return (Vec)_mm512_set1_pd(two);
+}
+
+// Two rows of 8 from two sums whose lanes 2 d and 2 d + 1 belong together.
+inline Vec fold(Vec a, Vec b) { return every_other<0>(a, b) + every_other<1>(a, b); }
+#else
+// Only 16 lanes are too wide for 8 columns: these are never called.
+Vec load2(const void*, const void*);
+void store2(const void*, const void*, Vec);
+Vec interleaved(Vec), twice(const float*), fold(Vec, Vec);
+#endif
+
 // What queries in the lanes and keys in the lanes share: rows of the head, as fp32 `pitch` apart.
 template <bool NARROW> struct Rows {
-    // Staged row `to` = factor * row `from`, zero beyond D.
-    template <class T> static void stage_row(const T* from, long D, float factor, float* to) {
-        if (NARROW) return store(to, load(from, NARROW_D) * factor, NARROW_D);
-        long d = 0;
-        for (; d + LANES <= D; d += LANES) store(to + d, load(from + d) * factor);
-        if (d < D) store(to + d, load(from + d, int(D - d)) * factor);
-    }
-
-    // Staged rows (rows, pitch) from rows of T `stride` apart; zeros up to a multiple of LANES rows.
+    // Staged rows (rows, pitch) = factor * rows of T `stride` apart; zeros beyond D and up to a multiple of LANES rows.
     template <class T> static void stage(const Head& h, const T* from, long stride, long rows, float factor, float* to) {
-        for (long i = 0; i < rows; ++i) stage_row(from + i * stride, h.D, factor, to + i * h.pitch);
-        std::fill(to + rows * h.pitch, to + padded(rows) * h.pitch, 0.0f);
-    }
-
-    template <class T> static void unstage(const Head& h, const float* from, long rows, T* to, long stride) {
-        for (long i = 0; i < rows; ++i, from += h.pitch, to += stride) {
-            if (NARROW) {
-                store(to, load(from, NARROW_D), NARROW_D);
-                continue;
+        if constexpr (NARROW) {
+            long i = 0;
+            for (; i + 2 <= rows; i += 2) store(to + i * NARROW_D, load2(from + i * stride, from + (i + 1) * stride) * factor);
+            if (i < rows) store(to + i * NARROW_D, load(from + i * stride, NARROW_D) * factor), i += 2;
+            for (; i < padded(rows); i += 2) store(to + i * NARROW_D, Vec{});
+        } else {
+            for (long i = 0; i < rows; ++i) {
+                long d = 0;
+                for (; d + LANES <= h.D; d += LANES) store(to + i * h.pitch + d, load(from + i * stride + d) * factor);
+                if (d < h.D) store(to + i * h.pitch + d, load(from + i * stride + d, int(h.D - d)) * factor);
             }
-            long d = 0;
-            for (; d + LANES <= h.D; d += LANES) store(to + d, load(from + d));
-            if (d < h.D) store(to + d, load(from + d, int(h.D - d)), int(h.D - d));
+            std::fill(to + rows * h.pitch, to + padded(rows) * h.pitch, 0.0f);
         }
     }
 
-    static Vec interleaved(Vec rows) {  // two rows of 8: elements d of both side by side
-        Vec upper = rows;
-#if defined(__AVX512F__)
-        upper = (Vec)_mm512_shuffle_f32x4((__m512)rows, (__m512)rows, 0xEE);
-#endif
-        return interleave<0>(rows, upper);
-    }
-
-    static Vec twice(const float* p) {  // p[0] p[1] p[0] p[1] ...
-        double two;
-        std::memcpy(&two, p, 8);
-        typedef double Doubles __attribute__((vector_size(4 * LANES)));
-        return (Vec)(two - Doubles{});
-    }
-
-    // Staged gradient rows from the sums of `scatter`, times factor.
-    static void fold(const Head& h, float* sums, float factor) {
-        for (long j = 0; j < h.N; j += NARROW ? 2 : 1) {
-            if (NARROW) {
-                const Vec a = load(sums + j * LANES), b = j + 1 < h.N ? load(sums + (j + 1) * LANES) : Vec{};
-                const Vec folded = (every_other<0>(a, b) + every_other<1>(a, b)) * factor;
-                store(sums + j * NARROW_D, folded);
-            } else {
-                for (long d = 0; d < h.pitch; d += LANES) store(sums + j * h.pitch + d, load(sums + j * h.pitch + d) * factor);
+    // Rows of T `stride` apart = factor * staged rows.
+    template <class T> static void unstage(const Head& h, const float* from, long rows, float factor, T* to, long stride) {
+        if constexpr (NARROW) {
+            long i = 0;
+            for (; i + 2 <= rows; i += 2) store2(to + i * stride, to + (i + 1) * stride, load(from + i * NARROW_D) * factor);
+            if (i < rows) store(to + i * stride, load(from + i * NARROW_D) * factor, NARROW_D);
+        } else {
+            for (long i = 0; i < rows; ++i) {
+                long d = 0;
+                for (; d + LANES <= h.D; d += LANES) store(to + i * stride + d, load(from + i * h.pitch + d) * factor);
+                if (d < h.D) store(to + i * stride + d, load(from + i * h.pitch + d) * factor, int(h.D - d));
             }
+        }
+    }
+
+    // The same from the sums of dK or dV.
+    template <class T> static void unstage_sums(const Head& h, const float* from, float factor, T* to, long stride) {
+        if constexpr (NARROW) {
+            long j = 0;
+            for (; j + 2 <= h.N; j += 2)
+                store2(to + j * stride, to + (j + 1) * stride, fold(load(from + j * LANES), load(from + (j + 1) * LANES)) * factor);
+            if (j < h.N) store(to + j * stride, fold(load(from + j * LANES), Vec{}) * factor, NARROW_D);
+        } else {
+            unstage(h, from, h.N, factor, to, stride);
         }
     }
 };

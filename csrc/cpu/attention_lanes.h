@@ -5,7 +5,7 @@
 
 namespace deit {
 
-template <bool NARROW> struct QueriesInLanes : Rows<NARROW> {
+template <bool NARROW> struct QueriesInLanes {
     // h.row = softmax(Q K^T) V for the staged h.q.
     static void forward(Head& h, const Queries& block) {
         const long vecs = padded(block.live) / LANES;
@@ -112,9 +112,9 @@ private:
 #pragma GCC unroll 16
             for (int r = 0; r < R; ++r) sum[r] = load(to + (j + r) * LANES);
             for (long t = 0; t < depth; ++t) {
-                const Vec x = Rows<NARROW>::interleaved(load(rows + t * LANES));
+                const Vec x = interleaved(load(rows + t * LANES));
 #pragma GCC unroll 16
-                for (int r = 0; r < R; ++r) sum[r] = fma(Rows<NARROW>::twice(a + r * QUERIES + 2 * t), x, sum[r]);
+                for (int r = 0; r < R; ++r) sum[r] = fma(twice(a + r * QUERIES + 2 * t), x, sum[r]);
             }
 #pragma GCC unroll 16
             for (int r = 0; r < R; ++r) store(to + (j + r) * LANES, sum[r]);
@@ -135,13 +135,15 @@ private:
             for (int u = 0; u < 4; ++u) m[u] = max(m[u], load(s + (j + u) * QUERIES));
         for (; j < N; ++j) m[0] = max(m[0], load(s + j * QUERIES));
         peak = max(max(m[0], m[1]), max(m[2], m[3])) * base;
-        Vec total[2] = {};
-        for (j = 0; j < N; ++j) {
-            const Vec p = exp2(fma(load(s + j * QUERIES), base, -peak));
-            total[j % 2] += p;
-            store(s + j * QUERIES, p);
-        }
-        return total[0] + total[1];
+        Vec total{}, other{};  // two chains of additions
+        auto weight = [&](long key) {
+            const Vec p = exp2(fma(load(s + key * QUERIES), base, -peak));
+            store(s + key * QUERIES, p);
+            return p;
+        };
+        for (j = 0; j + 2 <= N; j += 2) total += weight(j), other += weight(j + 1);
+        if (j < N) total += weight(j);
+        return total + other;
     }
 
     // Turns logits into weights P = 2^(s base - lse) and dP into dS = P (dP - rowsum(P dP)). lse is rounded, so a row of P sums to 1 + e

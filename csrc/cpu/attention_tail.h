@@ -8,13 +8,13 @@
 
 namespace deit {
 
-constexpr long TAIL = LANES / 2;  // queries from which on the lanes are better filled with them
+template <bool NARROW> struct KeysInLanes {
+    static constexpr long MOST = NARROW ? 4 : 3 * LANES / 8;  // queries; for more, queries in the lanes are faster (measured at 66 keys)
 
-template <bool NARROW> struct KeysInLanes : Rows<NARROW> {
     // h.row = softmax(Q K^T) V for the staged h.q.
     static void forward(Head& h, const Queries& block) {
         if (block.drop.on) h.mask.draw(block.drop, SITE, block.first, block.live * h.N);
-        float inverse[TAIL];
+        float inverse[MOST];
         for (long i = 0; i < block.live; ++i) {
             float* s = tile(h, h.s, i);
             scores(h, h.k, h.q + i * h.pitch, s);
@@ -30,7 +30,7 @@ template <bool NARROW> struct KeysInLanes : Rows<NARROW> {
     // h.row = dQ, h.dk += dK / scale, h.dv += dV for the staged h.q and h.dout.
     static void backward(Head& h, const Queries& block) {
         if (block.drop.on) h.mask.draw(block.drop, SITE, block.first, block.live * h.N);
-        float scale[TAIL];
+        float scale[MOST];
         for (long i = 0; i < block.live; ++i) {
             float *s = tile(h, h.s, i), *ds = tile(h, h.ds, i);
             scores(h, h.k, h.q + i * h.pitch, s);
@@ -52,7 +52,7 @@ private:
     static void scores(const Head& h, const float* keys, const float* row, float* s) {
         for (long j = 0; j < h.N; j += LANES) {
             if constexpr (NARROW) {
-                const Vec q = both(row);
+                const Vec q = load2(row, row);
                 Vec x[NARROW_D];  // two keys each
                 for (int i = 0; i < NARROW_D; ++i) x[i] = load(keys + j * NARROW_D + i * LANES) * q;
                 store(s + j, add_up(x));
@@ -75,13 +75,6 @@ private:
 #pragma GCC unroll 8
             for (int i = 0; i < n; ++i) x[i] = every_other<0>(x[2 * i], x[2 * i + 1]) + every_other<1>(x[2 * i], x[2 * i + 1]);
         return x[0];
-    }
-
-    static Vec both(const float* row) {  // 8 numbers twice
-        Vec v;
-        std::memcpy(&v, row, sizeof v / 2);
-        std::memcpy(reinterpret_cast<char*>(&v) + sizeof v / 2, row, sizeof v / 2);
-        return v;
     }
 
     // v in the first n lanes, `other` in the rest.
@@ -125,12 +118,12 @@ private:
                 Vec x[4] = {};  // two queries, two chains of additions each
                 for (long j = 0; j < h.N; j += 4)
                     for (int u = 0; u < 2; ++u) {
-                        const Vec pair = Rows<NARROW>::interleaved(load(keys + (j + 2 * u) * NARROW_D));
-                        x[u] = fma(Rows<NARROW>::twice(a + j + 2 * u), pair, x[u]);
-                        x[2 + u] = fma(Rows<NARROW>::twice(b + j + 2 * u), pair, x[2 + u]);
+                        const Vec pair = interleaved(load(keys + (j + 2 * u) * NARROW_D));
+                        x[u] = fma(twice(a + j + 2 * u), pair, x[u]);
+                        x[2 + u] = fma(twice(b + j + 2 * u), pair, x[2 + u]);
                     }
                 const Vec first = (x[0] + x[1]) * scale[i], second = (x[2] + x[3]) * scale[std::min(i + 1, live - 1)];
-                store(h.row + i * NARROW_D, every_other<0>(first, second) + every_other<1>(first, second));
+                store(h.row + i * NARROW_D, fold(first, second));
             }
         } else {
             in_parts(h.N, [&](long j, long depth, auto add) {
@@ -146,14 +139,14 @@ private:
         if constexpr (NARROW) {
             for (long i = 0; i < live; i += 2) {
                 const float *a = tile(h, tiles, i), *b = tile(h, tiles, i + 1);
-                const Vec x = Rows<NARROW>::interleaved(load(rows + i * NARROW_D));
+                const Vec x = interleaved(load(rows + i * NARROW_D));
                 for (long j = 0; j < h.N; j += LANES) {
                     const Vec p = load(a + j), q = i + 1 < live ? load(b + j) : Vec{};
                     float pairs[2 * LANES];
                     store(pairs, interleave<0>(p, q)), store(pairs + LANES, interleave<1>(p, q));
                     for (long r = 0; r < std::min<long>(LANES, h.N - j); ++r) {
                         float* sum = to + (j + r) * LANES;
-                        store(sum, fma(Rows<NARROW>::twice(pairs + 2 * r), x, load(sum)));
+                        store(sum, fma(twice(pairs + 2 * r), x, load(sum)));
                     }
                 }
             }

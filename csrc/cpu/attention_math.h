@@ -155,6 +155,20 @@ struct Mask {
                 }
             }
     }
+
+    // The same for one row of the mask and its keys in the lanes.
+    void apply_row(float* row, long i, long N, float scale) const {
+        uint32_t bit[LANES];
+        for (int lane = 0; lane < LANES; ++lane) bit[lane] = 1u << lane;
+        UVec lanes;
+        std::memcpy(&lanes, bit, sizeof lanes);
+        for (long j = 0; j < N; j += LANES) {
+            const long at = skip + i * N + j;
+            uint32_t word;
+            std::memcpy(&word, bits + at / 8, 4);
+            store(row + j, (lanes & (word >> (at % 8))) != 0 ? load(row + j) * scale : Vec{});
+        }
+    }
 };
 
 }  // namespace deit

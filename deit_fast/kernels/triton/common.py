@@ -87,8 +87,8 @@ def refusal(op: str, x: Tensor, dropout_p: float = 0.0, seed: Tensor | None = No
             return "Triton's interpreter multiplies bfloat16 bit patterns (triton-lang/triton issue 11584)"
     elif not x.is_cuda:
         return f"the tensors are on {x.device}, Triton needs a CUDA GPU"
-    elif too_old(x.device.index) is not None:
-        return too_old(x.device.index)
+    elif (reason := too_old(x.device.index)) is not None:
+        return reason
     if dropout_p > 0.0 and seed is None:
         return "dropout without a seed is PyTorch's own, which only reference draws"
     if dropout_p > 0.0 and keep_threshold(dropout_p) >= 2**32:

@@ -42,6 +42,7 @@ class Job:
     seed: key of the first batch's dropout masks when the fused ops draw them, None for PyTorch's own dropout.
     mixing_off: the epoch, counted from 0, from which MixUp and CutMix are off; 0: never.
     title: what the progress lines begin with.
+    remedy: what to do when the loss is not finite.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Job:
     ema: ModelEma | None = None
     mixing_off: int = 0
     title: str = ""
+    remedy: str = "Lower --lr, or limit gradients with --clip-grad 1.0."
 
 
 def check_resumable(path: Path, state: dict, name: str, num_classes: int, settings: dict) -> None:
@@ -288,8 +290,7 @@ class Trainer:
         lr = self.schedule.lr(self.epoch * self.updates_per_epoch + step // self.accumulate)
         scale = f", loss scale {self.scaler.get_scale():g}" if self.scaler.is_enabled() else ""
         good = f"The last good checkpoint is {self.last}" if self.last.exists() else "There is no checkpoint yet"
-        raise TrainingError(f"{fact} (learning rate {lr:.3g}{scale}). {good}. Lower --lr, or limit gradients with "
-                            "--clip-grad 1.0.")
+        raise TrainingError(f"{fact} (learning rate {lr:.3g}{scale}). {good}. {self.job.remedy}")
 
     def _write_history(self) -> None:
         if self.history:

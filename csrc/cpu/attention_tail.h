@@ -14,7 +14,7 @@ template <bool NARROW> struct KeysInLanes {
     // h.row = softmax(Q K^T) V for the staged h.q.
     static void forward(Head& h, const Queries& block) {
         if (block.drop.on) h.mask.draw(block.drop, SITE, block.first, block.live * h.N);
-        float inverse[MOST];
+        float inverse[MOST] = {};
         for (long i = 0; i < block.live; ++i) {
             float* s = tile(h, h.s, i);
             scores(h, h.k, h.q + i * h.pitch, s);
@@ -30,7 +30,7 @@ template <bool NARROW> struct KeysInLanes {
     // h.row = dQ, h.dk += dK / scale, h.dv += dV for the staged h.q and h.dout.
     static void backward(Head& h, const Queries& block) {
         if (block.drop.on) h.mask.draw(block.drop, SITE, block.first, block.live * h.N);
-        float scale[MOST];
+        float scale[MOST] = {};
         for (long i = 0; i < block.live; ++i) {
             float *s = tile(h, h.s, i), *ds = tile(h, h.ds, i);
             scores(h, h.k, h.q + i * h.pitch, s);

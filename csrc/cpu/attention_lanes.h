@@ -71,7 +71,7 @@ private:
     static void gather(const Head& h, const float* tile, const float* keys, long live, long vecs, const Vec* scale) {
         if constexpr (NARROW) {
             in_parts(h.N, [&](long j, long depth, auto add) {
-                product<add, NARROW_D, 2>({keys + j * NARROW_D, 1, NARROW_D, tile + j * QUERIES, QUERIES, depth, h.column, QUERIES},
+                product<add, 4, 4>({keys + j * NARROW_D, 1, NARROW_D, tile + j * QUERIES, QUERIES, depth, h.column, QUERIES},
                                           NARROW_D, vecs);
             });
             for (long v = 0; v < vecs; ++v) {
@@ -93,10 +93,11 @@ private:
         }
     }
 
-    // dV += P^T dO, dK += dS^T Q: to (N, ...) += tile (N, queries) times rows (queries, pitch).
+    // dV += P^T dO, dK += dS^T Q (h.qt is free by then): to (N, ...) += tile (N, queries) times rows (queries, pitch).
     static void scatter(const Head& h, const float* tile, const float* rows, long live, float* to) {
         if constexpr (NARROW) {
-            pairs<11>(h, tile, rows, (live + 1) / 2, to);
+            for (long t = 0; t < live; t += 2) store(h.qt + t * NARROW_D, interleaved(load(rows + t * NARROW_D)));
+            pairs<11>(h, tile, h.qt, (live + 1) / 2, to);
         } else {
             product<true>({tile, QUERIES, 1, rows, h.pitch, live, to, h.pitch}, h.N, h.pitch / LANES);
         }
@@ -112,7 +113,7 @@ private:
 #pragma GCC unroll 16
             for (int r = 0; r < R; ++r) sum[r] = load(to + (j + r) * LANES);
             for (long t = 0; t < depth; ++t) {
-                const Vec x = interleaved(load(rows + t * LANES));
+                const Vec x = load(rows + t * LANES);
 #pragma GCC unroll 16
                 for (int r = 0; r < R; ++r) sum[r] = fma(twice(a + r * QUERIES + 2 * t), x, sum[r]);
             }

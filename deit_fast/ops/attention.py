@@ -20,10 +20,11 @@ from .registration import NativeOp
 def _order(qkv: Tensor, num_heads: int, *_: object) -> tuple[str, ...]:
     """The native backends to try for a call, best first.
 
-    `cpu` computes in fp32. On a processor with AMX, bf16 inference of 198 tokens at head_dim 64 runs 1.3 x as fast in PyTorch, which
-    multiplies bf16 tiles there; at 66 tokens, or with a backward pass, `cpu` is 1.1 to 4 x as fast as PyTorch.
+    `cpu` computes in fp32. On a processor with AMX, bf16 inference of 198 tokens at head_dim 64 runs 1.3 x as fast in
+    PyTorch, which multiplies bf16 tiles there; at 66 tokens, or with a backward pass, `cpu` is 1.1 to 4 x as fast as PyTorch.
     """
-    tiles = cpu.isa == "amx" and qkv.dtype == torch.bfloat16 and qkv.shape[1] > 128 and qkv.shape[2] >= 3 * 64 * num_heads
+    wide = qkv.shape[1] > 128 and qkv.shape[2] >= 3 * 64 * num_heads
+    tiles = wide and cpu.isa == "amx" and qkv.dtype == torch.bfloat16
     trained = torch.is_grad_enabled() and qkv.requires_grad
     return ("triton",) if tiles and not trained else ("cpu", "triton")
 

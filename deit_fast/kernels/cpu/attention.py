@@ -1,8 +1,8 @@
 """C++ attention: a thread takes a head of an image, with K, V and a block of softmax rows in its cache.
 
-q, k and v are read from the packed rows and staged as fp32 in per-thread workspace that grows with N, not N^2. Forward saves
-one fp32 number per token and head for backward (4 H bytes per token: 32 at the report's size, beside the 768 of its fp32
-qkv), from which backward recomputes the softmax; a dropout mask is drawn again.
+q, k and v are read from the packed rows and staged as fp32 in per-thread workspace that grows with N, not N^2. Forward
+saves one fp32 number per token and head for backward (4 H bytes per token: 32 at the report's size, beside the 768 of its
+fp32 qkv), from which backward recomputes the softmax; a dropout mask is drawn again.
 """
 
 from __future__ import annotations
@@ -48,6 +48,6 @@ def backward(grad: Tensor, saved: list[Tensor], needs: list[bool], qkv: Tensor, 
 def _call(qkv: Tensor, num_heads: int, scale: float | None, dropout_p: float, seed: Tensor | None, saved: list[Tensor]):
     B, N, C3 = qkv.shape
     D = C3 // (3 * num_heads)
-    return module.Attention(qkv.dtype == torch.bfloat16, B, N, num_heads, D, D**-0.5 if scale is None else scale, dropout_p,
-                            0 if seed is None or dropout_p == 0.0 else int(seed), qkv.data_ptr(),
+    return module.Attention(qkv.dtype == torch.bfloat16, B, N, num_heads, D, D**-0.5 if scale is None else scale,
+                            dropout_p, 0 if seed is None or dropout_p == 0.0 else int(seed), qkv.data_ptr(),
                             launch.pointer(saved[0] if saved else None), torch.get_num_threads())

@@ -1,16 +1,21 @@
-// Attention with the queries in the lanes: a tile holds S^T, (N keys, QUERIES queries), so a row of the softmax lies along one lane, and
-// maximum, sum and weights need no reduction across lanes. K is broadcast element by element, and so is the tile when it
-// multiplies V: no operand but Q is ever transposed, and all products are the one of attention_product.h.
+// Attention with the queries in the lanes: a tile holds S^T, (N keys, QUERIES queries), so a row of the softmax lies
+// along one lane, and maximum, sum and weights need no reduction across lanes. K is broadcast element by element, and
+// so is the tile when it multiplies V: no operand but Q is ever transposed, and all products are the one of
+// attention_product.h.
 //
-// One thread takes a head of an image: K and V are staged once as fp32, then blocks of QUERIES queries see all keys, so memory grows
-// with N, not N^2, and each (image, head) is computed in one order whatever the number of threads.
+// One thread takes a head of an image: K and V are staged once as fp32, then blocks of QUERIES queries see all keys, so
+// memory grows with N, not N^2, and each (image, head) is computed in one order whatever the number of threads.
 //
-// Backward draws P again from S and the saved row sums (4 bytes per token and head). With dO the gradient of the output:
+// Backward draws P again from S and the saved row sums (4 bytes per token and head). With dO the gradient of the
+// output:
 //     dV = P^T dO,  dP = dO V^T,  dS = P (dP - rowsum(P dP)),  dQ = dS K scale,  dK = dS^T Q scale.
 //
-// Instructions for 16 queries and one key at D = 8 on AVX-512, two a cycle (the roofline): forward 8 multiply-adds for S,
-// 8 for P V, 1 max, 1 subtraction, 8 for 2^x, 1 sum = 27; backward 8 each for S, dP, dQ, dV, dK, 10 for P, 3 for dS = 53;
-// dropout's Philox about 35 more in each. 66 tokens fill 80 lanes, 21 % more.
+// The roofline: instructions of the two vector ports for 16 queries and one key at D = 8 on AVX-512. Forward 8
+// multiply-adds for S, 8 for P V, 1 max, 1 to shift, 8 for 2^x, 1 sum = 27; backward 8 each for S, dP, dQ, dV, dK, 10
+// for P, 4 for dS = 54; dropout's Philox about 35 more in each. For D = 64: 139 and 334. At 3.8 GHz 66 tokens of D = 8
+// (272 such units a head) then take 0.97 and 1.94 us; measured 1.7 and 3.5 (57 and 54 %; 49 and 43 % when the qkv of 64
+// images comes from beyond L2); D = 64 runs at 55 to 65 %. The 64 queries that fill their lanes run at 77 %; the rest
+// is staging and the last 2 queries.
 #include "attention.h"
 
 #include <omp.h>
@@ -41,12 +46,14 @@ template <bool NARROW, class T> void forward_head(const Attention& call, Head& h
     R::stage(h, q + 2 * C, stride, N, 1.0f, h.v);
     for_each_block(call, b, head, [&](long i, const Queries& block) {
         R::stage(h, q + i * stride, stride, block.live, block.logits.sign, h.q);
-        block.live <= KeysInLanes<NARROW>::MOST ? KeysInLanes<NARROW>::forward(h, block) : QueriesInLanes<NARROW>::forward(h, block);
+        block.live <= KeysInLanes<NARROW>::MOST ? KeysInLanes<NARROW>::forward(h, block)
+                                                : QueriesInLanes<NARROW>::forward(h, block);
         R::unstage(h, h.row, block.live, 1.0f, out + (b * N + i) * C + head * h.D, C);
     });
 }
 
-template <bool NARROW, class T> void backward_head(const Attention& call, Head& h, long b, long head, const T* grad, T* dqkv) {
+template <bool NARROW, class T>
+void backward_head(const Attention& call, Head& h, long b, long head, const T* grad, T* dqkv) {
     using R = Rows<NARROW>;
     const long N = h.N, C = call.H * h.D, stride = 3 * C, first = b * N * stride + head * h.D;
     const T* q = static_cast<const T*>(call.qkv) + first;
@@ -59,7 +66,8 @@ template <bool NARROW, class T> void backward_head(const Attention& call, Head& 
     for_each_block(call, b, head, [&](long i, const Queries& block) {
         R::stage(h, q + i * stride, stride, block.live, block.logits.sign, h.q);
         R::stage(h, dout + i * C, C, block.live, 1.0f, h.dout);
-        block.live <= KeysInLanes<NARROW>::MOST ? KeysInLanes<NARROW>::backward(h, block) : QueriesInLanes<NARROW>::backward(h, block);
+        block.live <= KeysInLanes<NARROW>::MOST ? KeysInLanes<NARROW>::backward(h, block)
+                                                : QueriesInLanes<NARROW>::backward(h, block);
         R::unstage(h, h.row, block.live, 1.0f, dq + i * stride, stride);
     });
     R::unstage_sums(h, h.dk, make_logits(call.scale).sign * float(call.scale), dq + C, stride);

@@ -20,7 +20,9 @@ struct Logits {
     float sign, base;
 };
 
-inline Logits make_logits(double scale) { return {scale < 0 ? -1.0f : 1.0f, float(std::fabs(scale) * 1.4426950408889634)}; }
+inline Logits make_logits(double scale) {
+    return {scale < 0 ? -1.0f : 1.0f, float(std::fabs(scale) * 1.4426950408889634)};
+}
 
 // A block of rows of the softmax: `live` queries of a head.
 struct Queries {
@@ -32,7 +34,8 @@ struct Queries {
     float scale;
 };
 
-// Buffers of one thread, carved out of the workspace. `pitch` is the floats of a staged row: D padded to whole vectors, or 8.
+// Buffers of one thread, carved out of the workspace. `pitch` is the floats of a staged row: D padded to whole vectors,
+// or 8.
 struct Head {
     long N, D, pitch;
     float *k, *v;                 // (padded N, pitch), zeros beyond N
@@ -73,7 +76,8 @@ inline Head make_head(const Attention& call) {
     return h;
 }
 
-// Calls part(first, depth, is it an addition) for every PART keys: one sum over 1,000 keys has 2.5 x the reference's error.
+// Calls part(first, depth, is it an addition) for every PART keys: one sum over 1,000 keys has 2.5 x the reference's
+// error.
 template <class Part> inline void in_parts(long N, Part part) {
     constexpr long PART = 256;
     part(0, std::min(N, PART), std::false_type());
@@ -81,8 +85,8 @@ template <class Part> inline void in_parts(long N, Part part) {
 }
 
 #if defined(__AVX512F__)
-// Two rows of 8 in one vector: one store, which later loads of both rows can forward from (masked stores of a row each took as long
-// as a tenth of the forward pass).
+// Two rows of 8 in one vector: one store, which later loads of both rows can forward from (masked stores of a row each
+// took as long as a tenth of the forward pass).
 inline Vec load2(const float* a, const float* b) {
     return (Vec)_mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(a)), _mm256_loadu_ps(b), 1);
 }
@@ -100,7 +104,9 @@ inline void store2(bf16* a, bf16* b, Vec rows) {
 }
 
 // Elements d of both rows side by side.
-inline Vec interleaved(Vec rows) { return interleave<0>(rows, (Vec)_mm512_shuffle_f32x4((__m512)rows, (__m512)rows, 0xEE)); }
+inline Vec interleaved(Vec rows) {
+    return interleave<0>(rows, (Vec)_mm512_shuffle_f32x4((__m512)rows, (__m512)rows, 0xEE));
+}
 
 // p[0] p[1] p[0] p[1] ...
 inline Vec twice(const float* p) {
@@ -124,7 +130,8 @@ template <bool NARROW> struct Rows {
     template <class T> static void stage(const Head& h, const T* from, long stride, long rows, float factor, float* to) {
         if constexpr (NARROW) {
             long i = 0;
-            for (; i + 2 <= rows; i += 2) store(to + i * NARROW_D, load2(from + i * stride, from + (i + 1) * stride) * factor);
+            for (; i + 2 <= rows; i += 2)
+                store(to + i * NARROW_D, load2(from + i * stride, from + (i + 1) * stride) * factor);
             if (i < rows) store(to + i * NARROW_D, load(from + i * stride, NARROW_D) * factor), i += 2;
             for (; i < padded(rows); i += 2) store(to + i * NARROW_D, Vec{});
         } else {
@@ -141,7 +148,8 @@ template <bool NARROW> struct Rows {
     template <class T> static void unstage(const Head& h, const float* from, long rows, float factor, T* to, long stride) {
         if constexpr (NARROW) {
             long i = 0;
-            for (; i + 2 <= rows; i += 2) store2(to + i * stride, to + (i + 1) * stride, load(from + i * NARROW_D) * factor);
+            for (; i + 2 <= rows; i += 2)
+                store2(to + i * stride, to + (i + 1) * stride, load(from + i * NARROW_D) * factor);
             if (i < rows) store(to + i * stride, load(from + i * NARROW_D) * factor, NARROW_D);
         } else {
             for (long i = 0; i < rows; ++i) {
@@ -157,7 +165,8 @@ template <bool NARROW> struct Rows {
         if constexpr (NARROW) {
             long j = 0;
             for (; j + 2 <= h.N; j += 2)
-                store2(to + j * stride, to + (j + 1) * stride, fold(load(from + j * LANES), load(from + (j + 1) * LANES)) * factor);
+                store2(to + j * stride, to + (j + 1) * stride,
+                       fold(load(from + j * LANES), load(from + (j + 1) * LANES)) * factor);
             if (j < h.N) store(to + j * stride, fold(load(from + j * LANES), Vec{}) * factor, NARROW_D);
         } else {
             unstage(h, from, h.N, factor, to, stride);

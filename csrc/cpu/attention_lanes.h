@@ -71,8 +71,8 @@ private:
     static void gather(const Head& h, const float* tile, const float* keys, long live, long vecs, const Vec* scale) {
         if constexpr (NARROW) {
             in_parts(h.N, [&](long j, long depth, auto add) {
-                product<add, NARROW_D, 2>({keys + j * NARROW_D, 1, NARROW_D, tile + j * QUERIES, QUERIES, depth, h.column, QUERIES},
-                                          NARROW_D, vecs);
+                product<add, 4, 4>({keys + j * NARROW_D, 1, NARROW_D, tile + j * QUERIES, QUERIES, depth, h.column,
+                                    QUERIES}, NARROW_D, vecs);
             });
             for (long v = 0; v < vecs; ++v) {
                 Vec x[NARROW_D];
@@ -93,17 +93,18 @@ private:
         }
     }
 
-    // dV += P^T dO, dK += dS^T Q: to (N, ...) += tile (N, queries) times rows (queries, pitch).
+    // dV += P^T dO, dK += dS^T Q (h.qt is free by then): to (N, ...) += tile (N, queries) times rows (queries, pitch).
     static void scatter(const Head& h, const float* tile, const float* rows, long live, float* to) {
         if constexpr (NARROW) {
-            pairs<11>(h, tile, rows, (live + 1) / 2, to);
+            for (long t = 0; t < live; t += 2) store(h.qt + t * NARROW_D, interleaved(load(rows + t * NARROW_D)));
+            pairs<11>(h, tile, h.qt, (live + 1) / 2, to);
         } else {
             product<true>({tile, QUERIES, 1, rows, h.pitch, live, to, h.pitch}, h.N, h.pitch / LANES);
         }
     }
 
-    // The same for 8 columns and 16 lanes: lane 2 d + p takes the queries of parity p, so that one 64-bit broadcast of the tile
-    // brings two queries and no lane idles; 66 keys are 6 x 11.
+    // The same for 8 columns and 16 lanes: lane 2 d + p takes the queries of parity p, so that one 64-bit broadcast of
+    // the tile brings two queries and no lane idles; 66 keys are 6 x 11.
     template <int R> static void pairs(const Head& h, const float* tile, const float* rows, long depth, float* to) {
         long j = 0;
         for (; j + R <= h.N; j += R) {
@@ -112,7 +113,7 @@ private:
 #pragma GCC unroll 16
             for (int r = 0; r < R; ++r) sum[r] = load(to + (j + r) * LANES);
             for (long t = 0; t < depth; ++t) {
-                const Vec x = interleaved(load(rows + t * LANES));
+                const Vec x = load(rows + t * LANES);
 #pragma GCC unroll 16
                 for (int r = 0; r < R; ++r) sum[r] = fma(twice(a + r * QUERIES + 2 * t), x, sum[r]);
             }
@@ -146,9 +147,9 @@ private:
         return total + other;
     }
 
-    // Turns logits into weights P = 2^(s base - lse) and dP into dS = P (dP - rowsum(P dP)). lse is rounded, so a row of P sums to 1 + e
-    // with e up to 1e-5 at logits of 100; dP - delta cancels where one key takes all, so delta is divided by that sum (undivided, the
-    // error of dQ is 3 x the reference's).
+    // Turns logits into weights P = 2^(s base - lse) and dP into dS = P (dP - rowsum(P dP)). lse is rounded, so a row
+    // of P sums to 1 + e with e up to 1e-5 at logits of 100; dP - delta cancels where one key takes all, so delta is
+    // divided by that sum (undivided, the error of dQ is 3 x the reference's).
     static void softmax_backward(float* s, float* ds, long N, Vec base, Vec lse) {
         Vec dot{}, total{};
         for (long j = 0; j < N; ++j) {

@@ -1,7 +1,8 @@
 // Attention of a few queries, whose keys lie in the lanes: the tile is S, (queries, padded N).
 //
-// 66 tokens are four vectors of 16 queries and 2 more; those two would fill a fifth vector with 14 idle lanes and cost as much as 14 do. Here
-// a row of S is products along the head's dimension, whose vectors are then added up across lanes, 16 keys at a time.
+// 66 tokens are four vectors of 16 queries and 2 more; those two would fill a fifth vector with 14 idle lanes and cost
+// as much as 14 do. Here a row of S is products along the head's dimension, whose vectors are then added up across
+// lanes, 16 keys at a time.
 #pragma once
 
 #include "attention_head.h"
@@ -9,12 +10,13 @@
 namespace deit {
 
 template <bool NARROW> struct KeysInLanes {
-    static constexpr long MOST = NARROW ? 4 : 3 * LANES / 8;  // queries; for more, queries in the lanes are faster (measured at 66 keys)
+    // For more queries than this, queries in the lanes are faster (measured at 66 and 198 keys).
+    static constexpr long MOST = NARROW ? 4 : 3 * LANES / 8;
 
     // h.row = softmax(Q K^T) V for the staged h.q.
     static void forward(Head& h, const Queries& block) {
         if (block.drop.on) h.mask.draw(block.drop, SITE, block.first, block.live * h.N);
-        float inverse[MOST];
+        float inverse[MOST] = {};
         for (long i = 0; i < block.live; ++i) {
             float* s = tile(h, h.s, i);
             scores(h, h.k, h.q + i * h.pitch, s);
@@ -30,7 +32,7 @@ template <bool NARROW> struct KeysInLanes {
     // h.row = dQ, h.dk += dK / scale, h.dv += dV for the staged h.q and h.dout.
     static void backward(Head& h, const Queries& block) {
         if (block.drop.on) h.mask.draw(block.drop, SITE, block.first, block.live * h.N);
-        float scale[MOST];
+        float scale[MOST] = {};
         for (long i = 0; i < block.live; ++i) {
             float *s = tile(h, h.s, i), *ds = tile(h, h.ds, i);
             scores(h, h.k, h.q + i * h.pitch, s);
@@ -73,7 +75,8 @@ private:
 #pragma GCC unroll 4
         for (int n = C / 2; n > 0; n /= 2)
 #pragma GCC unroll 8
-            for (int i = 0; i < n; ++i) x[i] = every_other<0>(x[2 * i], x[2 * i + 1]) + every_other<1>(x[2 * i], x[2 * i + 1]);
+            for (int i = 0; i < n; ++i)
+                x[i] = every_other<0>(x[2 * i], x[2 * i + 1]) + every_other<1>(x[2 * i], x[2 * i + 1]);
         return x[0];
     }
 
@@ -127,10 +130,12 @@ private:
             }
         } else {
             in_parts(h.N, [&](long j, long depth, auto add) {
-                product<add>({rows + j, padded(h.N), 1, keys + j * h.pitch, h.pitch, depth, h.row, h.pitch}, live, h.pitch / LANES);
+                product<add>({rows + j, padded(h.N), 1, keys + j * h.pitch, h.pitch, depth, h.row, h.pitch}, live,
+                             h.pitch / LANES);
             });
             for (long i = 0; i < live; ++i)
-                for (long d = i * h.pitch; d < (i + 1) * h.pitch; d += LANES) store(h.row + d, load(h.row + d) * scale[i]);
+                for (long d = i * h.pitch; d < (i + 1) * h.pitch; d += LANES)
+                    store(h.row + d, load(h.row + d) * scale[i]);
         }
     }
 

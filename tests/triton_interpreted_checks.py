@@ -9,7 +9,7 @@ import torch
 
 from deit_fast import ops
 from deit_fast.backend import OPS, BackendError
-from deit_fast.kernels.triton import common
+from deit_fast.kernels.triton import common, layernorm_mlp, linear, rowwise
 from deit_fast.kernels.triton.attention import split_keys
 from deit_fast.reference import block
 from deit_fast.reference.philox import keep_mask
@@ -73,6 +73,21 @@ def frozen_parameters() -> None:
             assert t.grad is None or torch.equal(t.grad, full[name].grad), (trained, name)
 
 
+def many_tiles_per_program() -> None:
+    """Gradients stay right where a program takes several row tiles, as it does past 8,000 rows."""
+    torch.manual_seed(0)
+    linear.PROGRAMS = layernorm_mlp.PROGRAMS = rowwise.GRADIENT_PROGRAMS = 2
+    for C in (16, 260):
+        shapes = {"x": (200, C), "ln_weight": (C,), "ln_bias": (C,), "fc1_weight": (24, C), "fc1_bias": (24,),
+                  "fc2_weight": (C, 24), "fc2_bias": (C,)}
+        leaves = [torch.randn(shape, requires_grad=True) for shape in shapes.values()]
+        for op, count in (("layernorm_mlp", 7), ("layernorm_linear", 5)):
+            outs = [getattr(ops, op)(*leaves[:count], backend=backend) for backend in ("triton", "reference")]
+            ours, theirs = (torch.autograd.grad(out.square().sum(), leaves[:count]) for out in outs)
+            for name, mine, plain in zip(shapes, ours, theirs):
+                assert torch.allclose(mine, plain, rtol=1e-3, atol=1e-4 * plain.abs().max().item()), (op, C, name)
+
+
 def refusals() -> None:
     """why_not speaks for dtypes, dropout without a seed, and a kernel that did not compile; the automatic order steps down."""
     qkv = torch.randn(1, 4, 24)
@@ -102,6 +117,7 @@ def key_splits() -> None:
 
 
 if __name__ == "__main__":
-    for check in (attention_masks, linear_residual_masks, mlp_masks, gradients_repeat, frozen_parameters, refusals, key_splits):
+    for check in (attention_masks, linear_residual_masks, mlp_masks, gradients_repeat, frozen_parameters,
+                  many_tiles_per_program, refusals, key_splits):
         check()
         print(f"{check.__name__}: ok")

@@ -64,7 +64,7 @@ def backward_shape(N: int, D: int, itemsize: int) -> Shape | None:
     TAIL = power_of_two(N - FULL) if N > FULL else 0
     if N > 256 or (FULL + TAIL) * power_of_two(D) * itemsize > 8192:
         return None
-    return Shape(32 if N > 16 else 16, FULL, FULL, TAIL,
+    return Shape(32 if N > 16 and itemsize == 2 else 16, FULL, FULL, TAIL,
                  2 if FULL + TAIL <= 96 and itemsize == 2 else 4)
 
 

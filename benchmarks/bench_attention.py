@@ -33,14 +33,16 @@ class Size:
 SIZES = (Size("nano_patch4_32", 64, 66, 8, 8), Size("nano_patch4_32_dropout", 16, 66, 8, 8, 0.1, compiled=False),
          Size("nano_patch4_32_one_image", 1, 66, 8, 8, compiled=False), Size("tiny_patch4_32", 16, 66, 3, 64, compiled=False),
          Size("small_patch4_32", 8, 66, 6, 64, compiled=False), Size("tiny_patch16_224", 4, 198, 3, 64, compiled=False))
-WHO = tuple(name for name in selection.BACKENDS if name != "reference") + ("reference", "compiled")
+PLAIN = ("reference", "compiled")
+NATIVE = tuple(name for name in selection.BACKENDS
+               if name != "reference" and selection.OPS["attention"].why_not_here(name) is None)
 
 
 def cells() -> list:
     return [pytest.param(size, dtype, who, training,
                          id=f"{size.name}-{str(dtype).removeprefix('torch.')}-{'fwdbwd' if training else 'fwd'}-{who}")
-            for size in SIZES for dtype in (torch.float32, torch.bfloat16) for training in (False, True) for who in WHO
-            if (size.compiled or who != "compiled") and (who in ("reference", "compiled") or who in selection.OPS["attention"].offers)]
+            for size in SIZES for dtype in (torch.float32, torch.bfloat16) for training in (False, True) for who in (*NATIVE, *PLAIN)
+            if size.compiled or who != "compiled"]
 
 
 def results(call, qkv: Tensor, grad: Tensor, training: bool) -> list[Tensor]:
@@ -52,7 +54,7 @@ def results(call, qkv: Tensor, grad: Tensor, training: bool) -> list[Tensor]:
 
 @pytest.mark.parametrize(("size", "dtype", "who", "training"), cells())
 def test_attention(benchmark, size: Size, dtype: torch.dtype, who: str, training: bool) -> None:
-    device = "cuda" if who in ("triton", "cuda") or (who != "cpu" and torch.cuda.is_available()) else "cpu"
+    device = "cuda" if who != "cpu" and torch.cuda.is_available() else "cpu"
     B, N, H, C = size.batch, size.tokens, size.heads, size.heads * size.head_dim
     qkv = torch.randn(B, N, 3 * C).to(device, dtype).requires_grad_()
     grad = torch.randn(B, N, C).to(device, dtype)
@@ -64,9 +66,10 @@ def test_attention(benchmark, size: Size, dtype: torch.dtype, who: str, training
     def plain(x: Tensor, p: float = size.dropout_p) -> Tensor:
         return reference.attention(x, H, dropout_p=p)
 
-    reason = None if who in ("reference", "compiled") else selection.OPS["attention"].why_not(who, qkv, H, None, size.dropout_p, seed)
-    if reason is not None:
-        skip_or_fail(who, reason)
+    if who not in PLAIN:
+        reason = selection.OPS["attention"].why_not(who, qkv, H, None, size.dropout_p, seed)
+        if reason is not None:
+            skip_or_fail(who, reason)
     call = plain if who == "reference" else torch.compile(plain, fullgraph=True) if who == "compiled" else native
 
     def work() -> None:
@@ -83,5 +86,6 @@ def test_attention(benchmark, size: Size, dtype: torch.dtype, who: str, training
             worst, rms = errors(tensor, truth)
             benchmark.extra_info.update({f"{name}_{whose}max_error": worst, f"{name}_{whose}rms_error": rms})
     benchmark.extra_info["images"] = B
-    benchmark.group = f"attention {size.name} {str(dtype).removeprefix('torch.')} {'forward + backward' if training else 'forward'}"
+    direction = "forward + backward" if training else "forward"
+    benchmark.group = f"attention {size.name} {str(dtype).removeprefix('torch.')} {direction}"
     benchmark.pedantic(work, rounds=9, warmup_rounds=2)

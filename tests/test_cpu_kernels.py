@@ -155,7 +155,8 @@ def test_random_calls(drawn: tuple[str, dict]) -> None:
         if value.numel():
             error, size = (value.double() - truth[name]).abs().max().item(), truth[name].abs().max().item()
             narrow = call["x"].shape[-1] < 4  # LayerNorm of few nearly equal values amplifies rounding without bound
-            assert error <= unit * (size + 1) * (100 if narrow else 1), f"{name}: {error} of {size}"
+            rows = call["x"].numel() / call["x"].shape[-1]  # a sum over them may cancel
+            assert error <= unit * (size + 1 + rows**0.5) * (100 if narrow else 1), f"{name}: {error} of {size}"
 
 
 @RELAXED

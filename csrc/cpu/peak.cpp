@@ -1,4 +1,5 @@
-// The rate at which this instruction set multiplies and adds from registers alone: what a product's speed is compared with.
+// The rate at which this instruction set multiplies and adds from registers alone: what a product's speed is compared
+// with.
 #include <omp.h>
 
 #include "ops.h"

@@ -51,7 +51,7 @@ def run(function, call: dict, **keywords: object) -> dict[str, Tensor]:
     leaves = {name: value.detach().clone().requires_grad_() for name, value in call.items()
               if isinstance(value, Tensor) and value.is_floating_point() and name != "row_scale"}
     out = function(**{**call, **leaves}, **keywords)
-    cotangent = torch.linspace(-1, 1, out.numel()).view(out.shape).to(out.dtype)
+    cotangent = torch.linspace(-1, 1, out.numel()).bfloat16().view(out.shape).to(out.dtype)  # the same number in all dtypes
     grads = torch.autograd.grad(out, list(leaves.values()), cotangent)
     return {"out": out.detach(), **dict(zip(leaves, grads))}
 

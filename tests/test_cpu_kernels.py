@@ -51,7 +51,7 @@ def run(function, call: dict, **keywords: object) -> dict[str, Tensor]:
     leaves = {name: value.detach().clone().requires_grad_() for name, value in call.items()
               if isinstance(value, Tensor) and value.is_floating_point() and name != "row_scale"}
     out = function(**{**call, **leaves}, **keywords)
-    cotangent = torch.linspace(-1, 1, out.numel()).view(out.shape).to(out.dtype)
+    cotangent = torch.linspace(-1, 1, out.numel()).bfloat16().view(out.shape).to(out.dtype)  # the same number in all dtypes
     grads = torch.autograd.grad(out, list(leaves.values()), cotangent)
     return {"out": out.detach(), **dict(zip(leaves, grads))}
 
@@ -155,7 +155,8 @@ def test_random_calls(drawn: tuple[str, dict]) -> None:
         if value.numel():
             error, size = (value.double() - truth[name]).abs().max().item(), truth[name].abs().max().item()
             narrow = call["x"].shape[-1] < 4  # LayerNorm of few nearly equal values amplifies rounding without bound
-            assert error <= unit * (size + 1) * (100 if narrow else 1), f"{name}: {error} of {size}"
+            rows = call["x"].numel() / call["x"].shape[-1]  # a sum over them may cancel
+            assert error <= unit * (size + 1 + rows**0.5) * (100 if narrow else 1), f"{name}: {error} of {size}"
 
 
 @RELAXED

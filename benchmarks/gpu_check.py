@@ -2,10 +2,10 @@
 
     python benchmarks/gpu_check.py [--only SECTION ...] [--out gpu_check.json]
 
-Figures are merged into the JSON file after every row, so a run that is cut off keeps what it measured, and printed as a table at the
-end. Each call is timed by replaying a CUDA graph of it (no launch costs, the fair view of kernels) against the same for plain
-PyTorch and for `torch.compile` with max-autotune. A section takes no new row once it is 7 minutes old.
-`--rehearse` walks through everything on a CPU, with small batches and no graphs; run it under TRITON_INTERPRET=1.
+Figures are merged into the JSON file after every row, so a run that is cut off keeps what it measured, and printed as a
+table at the end. Each call is timed by replaying a CUDA graph of it (no launch costs, the fair view of kernels) against
+the same for plain PyTorch and for `torch.compile` with max-autotune. A section takes no new row once it is 7 minutes
+old. `--rehearse` walks through everything on a CPU, with small batches and no graphs; run it under TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ def parity(machine: Machine) -> Iterator[Row]:
     rows = "triton and attention and fp32 and 3x7" if machine.rehearse else "triton"
     command = [sys.executable, "-m", "pytest", "tests/test_parity.py", "-q", "-k", rows, "-p", "no:cacheprovider"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=8 * 60,
-                            env={**os.environ, "DEIT_FAST_REQUIRE": "triton", "PYTHONPATH": os.pathsep.join(sys.path[:2])})
+                            env={**os.environ, "DEIT_FAST_REQUIRE": "triton",
+                                 "PYTHONPATH": os.pathsep.join(sys.path[:2])})
     lines = result.stdout.strip().splitlines()
     yield "tests/test_parity.py", {"exit": result.returncode, "result": lines[-1] if lines else result.stderr[-300:],
                                    "failed": [line for line in lines if line.startswith("FAILED")][:40]}
@@ -124,7 +125,8 @@ def graphs(machine: Machine) -> Iterator[Row]:
     for case in CASES:
         if not case.compiled or "triton" not in OPS[case.op].offers:
             continue
-        inputs, other = case.inputs(machine.variant, machine.device), case.make(Maker(1, machine.variant, machine.device))
+        inputs = case.inputs(machine.variant, machine.device)
+        other = case.make(Maker(1, machine.variant, machine.device))
         op = partial(getattr(ops, case.op), backend="triton")
         call = forward_backward(op, inputs, case.grads)
         results: list[Tensor] = []
@@ -160,7 +162,7 @@ def block_inputs(machine: Machine, B: int, N: int, C: int, H: int) -> dict[str, 
 
 
 def op_speeds(machine: Machine) -> Iterator[Row]:
-    """Milliseconds of each op, forward and with backward, against plain and compiled PyTorch; attention against every SDPA."""
+    """Milliseconds of each op, forward and with backward, against plain and compiled PyTorch and every SDPA."""
     for shape, (N, C, H) in list(SHAPES.items())[:1] if machine.rehearse else SHAPES.items():
         for B in machine.batches:
             for name, (inputs, grads) in block_inputs(machine, B, N, C, H).items():
@@ -181,12 +183,14 @@ def op_speeds(machine: Machine) -> Iterator[Row]:
 def sdpa_speeds(machine: Machine, inputs: dict) -> dict[str, float | str]:
     """Milliseconds of the plain attention under each SDPA backend that takes the shape."""
     row: dict[str, float | str] = {}
-    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH):
+    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION,
+                    SDPBackend.MATH):
         with sdpa_kernel(backend):
             try:
                 with torch.no_grad():
                     row[f"{backend.name} forward"] = machine.milliseconds(partial(reference.attention, **inputs))
-                row[f"{backend.name} both"] = machine.milliseconds(forward_backward(reference.attention, inputs, ("qkv",)))
+                both = forward_backward(reference.attention, inputs, ("qkv",))
+                row[f"{backend.name} both"] = machine.milliseconds(both)
             except RuntimeError as error:
                 row[f"{backend.name} refused"] = str(error).splitlines()[0]
     return row
@@ -194,7 +198,8 @@ def sdpa_speeds(machine: Machine, inputs: dict) -> dict[str, float | str]:
 
 def step_speeds(machine: Machine) -> Iterator[Row]:
     """Milliseconds and peak memory of a training step (forward, cross-entropy, backward, Adam) per contender."""
-    presets = ("deit_nano_distilled_patch4_32", "deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224")
+    presets = ("deit_nano_distilled_patch4_32", "deit_tiny_patch16_224", "deit_small_patch16_224",
+               "deit_base_patch16_224")
     for preset in presets[:1] if machine.rehearse else presets:
         for B in machine.batches if "nano" in preset else (min(machine.batches[-1], 128),):
             row: dict[str, float] = {}
@@ -233,7 +238,8 @@ SECTIONS = {"rates": rates, "parity": parity, "graphs": graphs, "ops": op_speeds
 
 def environment(machine: Machine) -> dict[str, str]:
     """Device, versions and commit."""
-    clocks = "" if machine.rehearse else _output("nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,power.limit", "--format=csv,noheader")
+    clocks = "" if machine.rehearse else _output("nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,power.limit",
+                                                 "--format=csv,noheader")
     return {"device": "CPU rehearsal" if machine.rehearse else torch.cuda.get_device_name(), "torch": torch.__version__,
             "cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version()), "clocks, power": clocks,
             "date": time.strftime("%Y-%m-%d"), "commit": _output("git", "rev-parse", "HEAD")}
@@ -252,7 +258,8 @@ def print_tables(results: dict) -> None:
     for section in filter(results.__contains__, SECTIONS):
         print(f"\n### {section}\n\n| | figures |\n|---|---|")
         for row, figures in results[section].items():
-            cells = ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in figures.items())
+            cells = ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+                              for key, value in figures.items())
             print(f"| {row} | {cells} |")
 
 

@@ -1,7 +1,7 @@
 """The Triton kernels compiled for real GPUs on a machine that has none: what the launchers choose must fit the chip.
 
-`scripts/cubins.py` runs the launchers on `meta` tensors and compiles what they would launch; it prints the full matrix, this file
-keeps one size per kernel and architecture, the report's size in every dtype, and DeiT-Ti at 224.
+`scripts/cubins.py` runs the launchers on `meta` tensors and compiles what they would launch; it prints the full matrix,
+this file keeps one size per kernel and architecture, the report's size in every dtype, and DeiT-Ti at 224.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 import cubins  # noqa: E402
 
 from deit_fast.backend import BackendError  # noqa: E402
-from deit_fast.kernels.triton import (INTERPRETED, attention, attention_kernels, common, distillation_loss, layernorm_mlp, linear,  # noqa: E402
-                                      linear_kernels, mlp_kernels, reduction, rowwise)
+from deit_fast.kernels.triton import (INTERPRETED, attention, attention_kernels, common,  # noqa: E402
+                                      distillation_loss, layernorm_mlp, linear, linear_kernels, mlp_kernels, reduction,
+                                      rowwise)
 from deit_fast.kernels.triton.common import Launch, cdiv  # noqa: E402
 from triton.runtime.errors import OutOfResources  # noqa: E402
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1: this process interprets and cannot compile")
 
-NANO, TINY, SMALL = "deit_nano_distilled_patch4_32", "deit_tiny_distilled_patch16_224", "deit_small_distilled_patch16_224"
+NANO = "deit_nano_distilled_patch4_32"
+TINY, SMALL = "deit_tiny_distilled_patch16_224", "deit_small_distilled_patch16_224"
 ALL_OPS = ["layernorm_linear", "attention", "linear_residual", "layernorm_mlp", "distillation_loss"]
 KERNEL_MODULES = (attention_kernels, linear_kernels, mlp_kernels, rowwise, reduction, distillation_loss)
 
@@ -87,21 +89,24 @@ def test_deit_tiny_on_hopper() -> None:
 
 def test_deit_small_on_hopper() -> None:
     """The kernels around cuBLAS, with and without dropout's Philox, on sm_90."""
-    for launch in [*launches(SMALL, "bf16", ["layernorm_linear", "linear_residual", "layernorm_mlp"]), *large_loss_launches()]:
+    for launch in [*launches(SMALL, "bf16", ["layernorm_linear", "linear_residual", "layernorm_mlp"]),
+                   *large_loss_launches()]:
         check(launch, 90, forward_spills_nothing(launch))
 
 
 def test_attention_dropout_on_hopper() -> None:
     """Attention's own dropout, which no preset switches on."""
     qkv, heads, *_ = cubins.block_calls(NANO, "bf16")["attention"]
-    for launch in cubins.launches_of("attention", (qkv, heads, None, 0.1, torch.empty((), dtype=torch.int64, device="meta"))):
+    for launch in cubins.launches_of("attention",
+                                     (qkv, heads, None, 0.1, torch.empty((), dtype=torch.int64, device="meta"))):
         check(launch, 90, forward_spills_nothing(launch))
 
 
 def test_no_kernel_is_left_out() -> None:
     """The launches compiled above are of all kernels that exist."""
     existing = {name for module in KERNEL_MODULES for name in vars(module) if name.endswith("_kernel")}
-    compiled = {launch.kernel.__name__ for launch in [*launches(NANO, "bf16"), *launches(SMALL, "bf16"), *large_loss_launches()]}
+    compiled = {launch.kernel.__name__ for launch in [*launches(NANO, "bf16"), *launches(SMALL, "bf16"),
+                                                      *large_loss_launches()]}
     assert existing == compiled
 
 
@@ -119,7 +124,7 @@ class _TooLarge:
 def test_a_kernel_that_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     """The call that meets it raises; from then on the op's why_not gives the reason, and the next backend serves."""
     monkeypatch.setattr(common, "FAILED", {})
-    with pytest.raises(BackendError, match="attention: Triton .* could not compile too_large_kernel here: out of resource"):
+    with pytest.raises(BackendError, match="Triton .* could not compile too_large_kernel here: out of resource"):
         common.launch("attention", _TooLarge(), 1, torch.empty(1))
     monkeypatch.setattr(common, "INTERPRETED", True)  # so that a tensor on the CPU is not the reason
     assert "too_large_kernel" in attention.why_not(torch.empty(1, 2, 24), 2, None, 0.0, None)
@@ -141,10 +146,11 @@ ROWS = [1, 2, 33, 500, 4224, 12672, 67584, 1_000_000]
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("C", WIDTHS)
 def test_row_tiles(C: int, itemsize: int) -> None:
-    """Tiles are powers of two, cover the width, are no larger than the work, and keep their sums within the registers."""
+    """Tiles are powers of two, cover the width, are no larger than the work, and fit into registers."""
     for M in ROWS:
         for F in (1, 10, C, 3 * C, 4 * C, 1000):
-            for choose in (linear.forward_tiles, linear.backward_tiles, layernorm_mlp.forward_tiles, layernorm_mlp.backward_tiles):
+            for choose in (linear.forward_tiles, linear.backward_tiles, layernorm_mlp.forward_tiles,
+                           layernorm_mlp.backward_tiles):
                 tiles = choose(M, C, F, itemsize)
                 for block in (tiles.BLOCK_M, tiles.BLOCK_F, tiles.BLOCK_C):
                     assert block >= 16 and block & (block - 1) == 0, (choose, M, C, F, tiles)
@@ -157,7 +163,7 @@ def test_row_tiles(C: int, itemsize: int) -> None:
 
 @pytest.mark.parametrize("D", [1, 8, 15, 16, 32, 64, 80, 128, 256])
 def test_attention_tiles(D: int) -> None:
-    """Every sequence is covered, at most a tail of 16 is padded onto the presets', and one backward kernel serves the report's."""
+    """Every sequence is covered, the presets' with a tail of 16; one backward kernel serves the report's."""
     for itemsize in (2, 4):
         for N in (1, 2, 15, 16, 17, 64, 65, 66, 127, 128, 129, 196, 197, 198, 255, 256, 257, 1025):
             shapes = [attention.forward_shape(N, D, itemsize), attention.backward_shape(N, D, itemsize),

@@ -1,8 +1,8 @@
-"""The Triton backend: one program per tile of rows or per attention head, everything between two reads of memory on chip.
+"""The Triton backend: one program per tile of rows or per attention head, all between two reads on chip.
 
-Importing this package needs no Triton and touches no GPU; the kernel modules are imported only where `why_not()` is None.
-With `TRITON_INTERPRET=1` in the environment (read when a kernel is decorated, so set it before the first import) the kernels
-run on the CPU in Triton's interpreter: slow, for tests, fp32 and fp16 only.
+Importing this package needs no Triton and touches no GPU; the kernel modules are imported only where `why_not()` is
+None. With `TRITON_INTERPRET=1` in the environment (read when a kernel is decorated, so set it before the first import)
+the kernels run on the CPU in Triton's interpreter: slow, for tests, fp32 and fp16 only.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "
 def why_not() -> str | None:
     """Why no Triton kernel can run on this machine, or None.
 
-    The GPU's age is asked for only where CUDA is already initialised, since asking initialises it, which importing deit_fast
-    must not; every call asks again (`common.refusal`).
+    The GPU's age is asked for only where CUDA is already initialised, since asking initialises it, which importing
+    deit_fast must not; every call asks again (`common.refusal`).
     """
     if not INSTALLED:
         return "Triton is not installed: pip install triton (Linux)"

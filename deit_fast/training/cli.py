@@ -197,12 +197,13 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=_Formatter, allow_abbrev=False, add_help=False,
                          argument_default=argparse.SUPPRESS)
         order = "Later wins: defaults, --preset, --config, flags. " if presets else ""
-        top = self.add_argument_group("Where settings come from", f"{order}In flags - and _ are alike; the value none unsets "
-                                      "what may be unset.")
+        top = self.add_argument_group("Where settings come from", f"{order}In flags - and _ are alike; the value "
+                                      "none unsets what may be unset.")
         top.add_argument("-h", "--help", action="help", help="show this page")
         if presets:
             top.add_argument("--preset", metavar="NAME", help=f"one of {', '.join(presets)}")
-            top.add_argument("-c", "--config", metavar="FILE", help="YAML file of settings, such as a run's config.yaml")
+            top.add_argument("-c", "--config", metavar="FILE",
+                             help="YAML file of settings, such as a run's config.yaml")
         for section in sections:
             group = self.add_argument_group(section.__doc__.splitlines()[0].rstrip("."))
             for s in settings(section):

@@ -3,10 +3,12 @@
 A teacher is frozen and augmentation is a pure function of (data seed, epoch, position), so what a teacher says of a
 batch is known before the batch is trained on. Without augmentation it says the same in every epoch: one pass over the
 images, kept per image. With augmentation there is one table per epoch, in the order of its plan. Every student, seed
-and ablation with the same plans reads the same tables; a ResNet-50 costs more than the report's student, and is paid once.
+and ablation with the same plans reads the same tables: a ResNet-50, which costs more than the report's student, is paid
+for once.
 
-A table holds fp16, (N, K): 0.9 MB for an epoch of CIFAR-10. The objective rounds a teacher's logits to fp16 also where it
-computes them on the spot, so that both ways teach the same but for the last bit, in which batches of another size differ.
+A table holds fp16, (N, K): 0.9 MB for an epoch of CIFAR-10. The objective rounds a teacher's logits to fp16 also where
+it computes them on the spot, so that both ways teach the same but for the last bit, in which batches of another size
+differ.
 
 Tables are files under a key of everything that they depend on: the teacher's weights and input, the images, the recipe,
 the seed, the epoch. A file that is damaged (its checksums say so), truncated or of another key is computed anew.
@@ -46,7 +48,9 @@ def stores_logits(config: Config, recipe: Recipe) -> bool:
 
 def same_every_epoch(config: Config, recipe: Recipe) -> bool:
     """Whether an image looks the same in every epoch."""
-    draws = recipe.crop_pad or recipe.hflip or recipe.brightness or recipe.contrast or recipe.saturation or recipe.reprob
+    draws = (
+        recipe.crop_pad or recipe.hflip or recipe.brightness or recipe.contrast or recipe.saturation or recipe.reprob
+    )
     return not draws and not recipe.mixes and config.augmentation.aa == "none"
 
 
@@ -56,15 +60,22 @@ class TeacherLogits:
     folder: of the tables; it is made. seconds: what computing the tables took, whichever process did it.
     """
 
-    def __init__(self, config: Config, data: ImageData, teacher: Teacher, loader: TrainLoader, folder: Path,
-                 log: Log) -> None:
+    def __init__(
+        self, config: Config, data: ImageData, teacher: Teacher, loader: TrainLoader, folder: Path, log: Log
+    ) -> None:
         self.config, self.data, self.teacher, self.loader = config, data, teacher, loader
         self.folder, self.log = folder, log
         self.seconds = 0.0
         c = config.run
         self.identity = {
-            "version": VERSION, "teacher": _digest(teacher), "data": data.fingerprint, "images": len(data.train),
-            "mean": list(data.mean), "std": list(data.std), "amp": c.amp_dtype if c.amp else None}
+            "version": VERSION,
+            "teacher": _digest(teacher),
+            "data": data.fingerprint,
+            "images": len(data.train),
+            "mean": list(data.mean),
+            "std": list(data.std),
+            "amp": c.amp_dtype if c.amp else None,
+        }
         self._per_image: Tensor | None = None  # (M, K) fp16
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Tensor]:
@@ -88,8 +99,14 @@ class TeacherLogits:
     def _plan_key(self, epoch: int) -> dict:
         loader = self.loader
         return self.identity | {
-            "recipe": asdict(loader.recipe), "aa": self.config.augmentation.aa, "batch_size": loader.batch_size,
-            "repeats": loader.repeats, "data_seed": loader.data_seed, "epoch": epoch, "size": list(loader.size)}
+            "recipe": asdict(loader.recipe),
+            "aa": self.config.augmentation.aa,
+            "batch_size": loader.batch_size,
+            "repeats": loader.repeats,
+            "data_seed": loader.data_seed,
+            "epoch": epoch,
+            "size": list(loader.size),
+        }
 
     def _stored(self, key: dict, what: str, compute, *arguments) -> Tensor:
         """The table under `key`, computed and written when there is none that is whole."""
@@ -110,16 +127,26 @@ class TeacherLogits:
         seconds = time.perf_counter() - started
         checkpoint.save(path, {"key": name, "logits": logits, "seconds": seconds})
         self.seconds += seconds
-        self.log(f"teacher logits: {what}, {len(logits):,} images in {duration(seconds)} ({len(logits) / seconds:,.0f} img/s), "
-                 f"kept in {path}")
+        self.log(
+            f"teacher logits: {what}, {len(logits):,} images in {duration(seconds)} ({len(logits) / seconds:,.0f} "
+            "img/s), "
+            f"kept in {path}"
+        )
         return logits.to(self.loader.device)
 
     def _of_epoch(self, epoch: int) -> Iterator[Tensor]:
         return (images for images, _ in self.loader.epoch(epoch))
 
     def _of_images(self) -> Iterator[Tensor]:
-        loader = EvalLoader(self.data.train, self.data.mean, self.data.std, len(self.data.classes), IMAGES_PER_PASS,
-                            device=self.loader.device, channels_last=self.config.run.channels_last)
+        loader = EvalLoader(
+            self.data.train,
+            self.data.mean,
+            self.data.std,
+            len(self.data.classes),
+            IMAGES_PER_PASS,
+            device=self.loader.device,
+            channels_last=self.config.run.channels_last,
+        )
         return (images for images, _ in loader)
 
 
@@ -139,7 +166,11 @@ def _joined(batches: Iterator[Tensor]) -> Iterator[Tensor]:
 def _digest(teacher: Teacher) -> str:
     """A fingerprint of a teacher's weights and of what it does to its input."""
     digest = hashlib.sha256(str(teacher.input.input_size).encode())
-    for name, tensor in (*teacher.network.state_dict().items(), ("scale", teacher.input.scale), ("shift", teacher.input.shift)):
+    for name, tensor in (
+        *teacher.network.state_dict().items(),
+        ("scale", teacher.input.scale),
+        ("shift", teacher.input.shift),
+    ):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -22,8 +22,14 @@ from deit_fast.training.study.results import Outcome, Spread
 
 _STYLES = (("#0072b2", "o", "-"), ("#d55e00", "^", "--"), ("#009e73", "s", "-."), ("#cc79a7", "D", ":"))
 _MARKED_EPOCHS = 40  # with more epochs, markers would hide the line
-NAMES = {"top1": "Top-1 accuracy", "top5": "Top-5 accuracy", "auc": "AUC (one-vs-rest, macro)", "f1": "F1 (macro)",
-         "precision": "Precision (macro)", "recall": "Recall (macro)"}
+NAMES = {
+    "top1": "Top-1 accuracy",
+    "top5": "Top-5 accuracy",
+    "auc": "AUC (one-vs-rest, macro)",
+    "f1": "F1 (macro)",
+    "precision": "Precision (macro)",
+    "recall": "Recall (macro)",
+}
 
 
 def new_figure(width: float, height: float, **options: object) -> Figure:
@@ -37,7 +43,13 @@ def save(folder: Path, name: str, figure: Figure) -> None:
     """Writes `<name>.png` and `<name>.svg`; "tight": no label can be cut off."""
     for kind in ("png", "svg"):
         picture = io.BytesIO()
-        figure.savefig(picture, format=kind, bbox_inches="tight", pad_inches=0.15, metadata={"Date": None} if kind == "svg" else None)
+        figure.savefig(
+            picture,
+            format=kind,
+            bbox_inches="tight",
+            pad_inches=0.15,
+            metadata={"Date": None} if kind == "svg" else None,
+        )
         atomic_write(folder / f"{name}.{kind}", lambda file: file.write(picture.getvalue()))
 
 
@@ -57,8 +69,16 @@ def _line(axis: Axes, index: int, label: str, positions: Sequence[float], course
     """A mean with a band of one standard deviation where there are several seeds."""
     colour, marker, dash = style_of(index)
     means = np.array([spread.mean for spread in course])
-    axis.plot(positions, means, dash, color=colour, label=label, linewidth=1.9, markersize=5,
-              marker=marker if len(means) <= _MARKED_EPOCHS else None)
+    axis.plot(
+        positions,
+        means,
+        dash,
+        color=colour,
+        label=label,
+        linewidth=1.9,
+        markersize=5,
+        marker=marker if len(means) <= _MARKED_EPOCHS else None,
+    )
     if course[0].std is not None:
         deviations = np.array([spread.std for spread in course])
         axis.fill_between(positions, means - deviations, means + deviations, color=colour, alpha=0.18, linewidth=0)
@@ -84,11 +104,11 @@ def plot_courses(folder: Path, name: str, metrics: Sequence[str], outcomes: Sequ
 
 def plot_confusions(folder: Path, name: str, outcomes: Sequence[Outcome], classes: Sequence[str]) -> None:
     """Draws a confusion matrix per model, all seeds added up."""
-    size = min(max(5.2, 2.4 + 0.42 * len(classes)), 12.0)
-    figure = new_figure(size * len(outcomes), size + 0.3)
+    size = min(max(4.4, 1.6 + 0.34 * len(classes)), 12.0)
+    figure = new_figure(size * len(outcomes) * 0.93, size + 0.2)
     for index, (axis, outcome) in enumerate(zip(figure.subplots(1, len(outcomes), squeeze=False)[0], outcomes)):
         counts = sum(np.asarray(result.summary["test_of_best"]["confusion"]) for result in outcome.results)
-        draw_confusion(axis, counts, classes, 72 * (size - 2.4) / len(classes))
+        draw_confusion(axis, counts, classes, 72 * (size - 1.6) / len(classes))
         correct = np.trace(counts) / counts.sum()
         axis.set_title(f"{outcome.variant.label}: {correct:.1%} correct", fontsize=12)
         axis.set_xlabel("predicted class", fontsize=11)
@@ -103,11 +123,22 @@ def plot_classes(folder: Path, name: str, outcomes: Sequence[Outcome], classes: 
     width = 0.8 / len(outcomes)
     places = np.arange(len(classes))
     for index, outcome in enumerate(outcomes):
-        values = np.array([result.summary["test_of_best"]["per_class"]["f1"] for result in outcome.results])  # (seeds, K)
+        values = np.array(
+            [result.summary["test_of_best"]["per_class"]["f1"] for result in outcome.results]
+        )  # (seeds, K)
         errors = values.std(axis=0, ddof=1) if len(values) > 1 else None
-        axis.bar(places + (index - (len(outcomes) - 1) / 2) * width, values.mean(axis=0), width * 0.92, yerr=errors,
-                 color=style_of(index)[0], label=outcome.variant.label, error_kw={"elinewidth": 1, "capsize": 2})
-    labels = axis.set_xticks(places, [shorten(name) for name in classes], rotation=35, ha="right", rotation_mode="anchor")
+        axis.bar(
+            places + (index - (len(outcomes) - 1) / 2) * width,
+            values.mean(axis=0),
+            width * 0.92,
+            yerr=errors,
+            color=style_of(index)[0],
+            label=outcome.variant.label,
+            error_kw={"elinewidth": 1, "capsize": 2},
+        )
+    labels = axis.set_xticks(
+        places, [shorten(name) for name in classes], rotation=35, ha="right", rotation_mode="anchor"
+    )
     for tick in labels:
         tick.label1.set_parse_math(False)
     axis.set_ylabel("F1 on the test set")
@@ -133,7 +164,13 @@ def plot_reliability(folder: Path, name: str, calibrations: Mapping[str, Mapping
         edges = np.linspace(0, 1, len(count) + 1)
         filled = count > 0
         top.plot([0, 1], [0, 1], color="#808080", linewidth=1, linestyle="--")
-        top.plot(np.array(bins["confidence"])[filled], np.array(bins["accuracy"])[filled], marker=marker, color=colour, linewidth=1.9)
+        top.plot(
+            np.array(bins["confidence"])[filled],
+            np.array(bins["accuracy"])[filled],
+            marker=marker,
+            color=colour,
+            linewidth=1.9,
+        )
         top.set_title(f"{label}\nECE {bins['ece']:.3f}", fontsize=12)
         top.set_xlim(0, 1)
         top.set_ylim(0, 1)
@@ -147,7 +184,7 @@ def plot_reliability(folder: Path, name: str, calibrations: Mapping[str, Mapping
 
 
 def plot_cosines(folder: Path, name: str, cosines: Mapping[str, Sequence[Spread]]) -> None:
-    """Draws the cosine between the two tokens' embeddings after every layer; label -> one Spread per layer, 0: the input."""
+    """Draws the cosine between the two tokens' embeddings; label -> a Spread for the input and for every layer."""
     figure = new_figure(7.2, 4.4)
     axis = figure.subplots()
     for index, (label, course) in enumerate(cosines.items()):
@@ -159,5 +196,5 @@ def plot_cosines(folder: Path, name: str, cosines: Mapping[str, Sequence[Spread]
     lowest = min(spread.mean - (spread.std or 0.0) for course in cosines.values() for spread in course)
     axis.set_ylim(min(-0.05, math.floor(lowest * 10) / 10), 1.03)
     tidy(axis)
-    axis.legend(frameon=False, loc="best", handlelength=3)
+    axis.legend(loc="best", handlelength=3, facecolor="white", edgecolor="none", framealpha=1)
     save(folder, name, figure)

@@ -54,20 +54,28 @@ def inspect(result: Result, data: ImageData) -> Inspection:
     model, config = load(result, data), result.run.config
     device = model.cls_token.device
     logits, labels, cosines = [], [], []
-    with use_backend(None if config.run.fused else "reference"), autocast(device, config.run), _inputs_of_blocks(model) as layers:
+    with (
+        use_backend(None if config.run.fused else "reference"),
+        autocast(device, config.run),
+        _inputs_of_blocks(model) as layers,
+    ):
         for images, truth in build_eval_loaders(config, data, device)["test"]:
             layers.clear()
             tokens = model.encode(images)  # (B, N, C)
             prefix = [*layers, tokens[:, : model.num_prefix_tokens]]  # depth + 1 times (B, P, C)
             if model.two_heads:
-                cosines.append(torch.stack([F.cosine_similarity(x[:, 0].float(), x[:, 1].float(), dim=-1) for x in prefix], 1))
+                cosines.append(
+                    torch.stack([F.cosine_similarity(x[:, 0].float(), x[:, 1].float(), dim=-1) for x in prefix], 1)
+                )
             logits.append(_heads(model, tokens).float())
             labels.append(truth)
     logits, labels = torch.cat(logits), torch.cat(labels)  # (N, heads, K), (N,)
     alone = {name: _top1(logits[:, index], labels) for index, name in zip(range(logits.shape[1]), ("class", "second"))}
     mean = logits.mean(dim=1)
     heads = alone | ({"mean of both": _top1(mean, labels)} if model.two_heads else {})
-    return Inspection(heads, torch.cat(cosines).mean(dim=0).tolist() if cosines else [], calibrate(mean.softmax(dim=-1), labels))
+    return Inspection(
+        heads, torch.cat(cosines).mean(dim=0).tolist() if cosines else [], calibrate(mean.softmax(dim=-1), labels)
+    )
 
 
 def calibrate(probabilities: Tensor, labels: Tensor) -> dict:
@@ -87,9 +95,9 @@ def calibrate(probabilities: Tensor, labels: Tensor) -> dict:
 
 @torch.no_grad()
 def attention_maps(model: VisionTransformer, images: Tensor) -> Tensor:
-    """What the prefix tokens look at in the last block, mean over heads: (B, 3, H, W) -> (B, P, g, g), g patches a side.
+    """What the prefix tokens look at in the last block, mean over heads: (B, 3, H, W) -> (B, P, g, g).
 
-    The attention to patches only, so a map does not sum to 1.
+    g patches a side; the attention to patches only, so a map does not sum to 1.
     """
     captured = []
     handle = model.blocks[-1].register_forward_pre_hook(lambda _, arguments: captured.append(arguments[0]))
@@ -98,7 +106,9 @@ def attention_maps(model: VisionTransformer, images: Tensor) -> Tensor:
     block, (x,) = model.blocks[-1], captured  # (B, N, C)
     B, N, C = x.shape
     H, P = block.attn.num_heads, model.num_prefix_tokens
-    qkv = ops.layernorm_linear(x, block.norm1.weight, block.norm1.bias, block.attn.qkv.weight, block.attn.qkv.bias, block.eps)
+    qkv = ops.layernorm_linear(
+        x, block.norm1.weight, block.norm1.bias, block.attn.qkv.weight, block.attn.qkv.bias, block.eps
+    )
     q, k, _ = qkv.view(B, N, 3, H, C // H).permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, D)
     weights = (q[:, :, :P] @ k.transpose(-2, -1) * (C // H) ** -0.5).softmax(dim=-1).mean(dim=1)  # (B, P, N)
     g = model.patch_embed.grid_size
@@ -109,8 +119,10 @@ def attention_maps(model: VisionTransformer, images: Tensor) -> Tensor:
 def _inputs_of_blocks(model: VisionTransformer) -> Iterator[list[Tensor]]:
     """Yields a list that collects the prefix tokens (B, P, C) that every block is given."""
     found: list[Tensor] = []
-    handles = [block.register_forward_pre_hook(lambda _, arguments: found.append(arguments[0][:, : model.num_prefix_tokens]))
-               for block in model.blocks]
+    handles = [
+        block.register_forward_pre_hook(lambda _, arguments: found.append(arguments[0][:, : model.num_prefix_tokens]))
+        for block in model.blocks
+    ]
     try:
         yield found
     finally:

@@ -1,7 +1,7 @@
 """A page of text, tables and figures, written twice from the same blocks: Markdown, and HTML in one file.
 
-The HTML carries its figures and its style, loads nothing and runs nothing, so it can be mailed. Text may hold `code` and
-**bold**, which both know.
+The HTML carries its figures and its style, loads nothing and runs nothing, so it can be mailed. Text may hold `code`
+and **bold**, which both know.
 """
 
 from __future__ import annotations
@@ -79,9 +79,12 @@ def write_page(folder: Path, figures: str, title: str, blocks: Sequence[Block]) 
     markdown = "\n\n".join(_markdown(block, figures) for block in (Heading(1, title), *blocks)) + "\n"
     atomic_write(folder / "report.md", lambda file: file.write(markdown.encode()))
     body = "\n".join(_html(block, folder / figures) for block in (Heading(1, title), *blocks))
-    page = (f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, '
-            f'initial-scale=1">\n<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n{body}\n'
-            "</main>\n</body>\n</html>\n")
+    page = (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" '
+        'content="width=device-width, '
+        f'initial-scale=1">\n<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n{body}\n'
+        "</main>\n</body>\n</html>\n"
+    )
     atomic_write(folder / "report.html", lambda file: file.write(page.encode()))
     return folder / "report.html"
 
@@ -98,7 +101,9 @@ def _markdown(block: Block, figures: str) -> str:
             return f"![{caption}]({figures}/{name}.png)\n\n*{caption}* ([SVG]({figures}/{name}.svg))"
         case Table(header, rows, _, words):
             marks = ["---"] * len(header) if words else ["---", *["---:"] * (len(header) - 1)]
-            return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (header, marks, *rows))
+            return "\n".join(
+                "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (header, marks, *rows)
+            )
 
 
 def _html(block: Block, figures: Path) -> str:
@@ -111,15 +116,22 @@ def _html(block: Block, figures: Path) -> str:
             return "<ul>" + "".join(f"<li>{_inline(item)}</li>" for item in items) + "</ul>"
         case Picture(name, caption):
             data = base64.b64encode((figures / f"{name}.png").read_bytes()).decode()
-            return (f'<figure><img src="data:image/png;base64,{data}" alt="{html.escape(caption)}">'
-                    f"<figcaption>{_inline(caption)}</figcaption></figure>")
+            return (
+                f'<figure><img src="data:image/png;base64,{data}" alt="{html.escape(caption)}">'
+                f"<figcaption>{_inline(caption)}</figcaption></figure>"
+            )
         case Table(header, rows, light, words):
             head = "".join(f"<th>{_inline(cell)}</th>" for cell in header)
             body = "".join(
-                f"<tr{' class=light' if index in light else ''}>" + "".join(f"<td>{_inline(cell)}</td>" for cell in row) + "</tr>"
-                for index, row in enumerate(rows))
-            return (f'<div class="scroll"><table{" class=words" if words else ""}><thead><tr>{head}</tr></thead>'
-                    f"<tbody>{body}</tbody></table></div>")
+                f"<tr{' class=light' if index in light else ''}>"
+                + "".join(f"<td>{_inline(cell)}</td>" for cell in row)
+                + "</tr>"
+                for index, row in enumerate(rows)
+            )
+            return (
+                f'<div class="scroll"><table{" class=words" if words else ""}><thead><tr>{head}</tr></thead>'
+                f"<tbody>{body}</tbody></table></div>"
+            )
 
 
 def _inline(text: str) -> str:

@@ -20,18 +20,18 @@ from deit_fast.training.study.inspection import attention_maps
 COLUMNS = 8
 
 
-def choose(data: ImageData, count: int) -> Tensor:
-    """(count,) int64: the first test images of as many classes as there are, in turn."""
-    labels = data.test.labels
-    by_class = [torch.nonzero(labels == label).flatten() for label in range(len(data.classes))]
-    rounds = max(map(len, by_class))
-    order = [members[turn] for turn in range(rounds) for members in by_class if turn < len(members)]
-    return torch.stack(order[:count])
+def choose(labels: Tensor, count: int) -> Tensor:
+    """(count,) int64 or fewer: the first image of every class, then the second, and so on; labels (M,)."""
+    place = torch.zeros_like(labels)  # (M,) which image of its class each is
+    for label in labels.unique():
+        members = labels == label
+        place[members] = torch.arange(int(members.sum()))
+    return torch.argsort(place * (int(labels.max()) + 1) + labels)[:count]
 
 
 def plot_augmentation(folder: Path, name: str, data: ImageData, recipe: Recipe, data_seed: int) -> None:
-    """Draws images of the training set under each operation of a recipe, every one certain to happen, then the recipe itself."""
-    index = torch.arange(min(COLUMNS, len(data.train)))
+    """Draws training images under each operation of a recipe, made certain to happen, then under the recipe itself."""
+    index = choose(data.train.labels, COLUMNS)
     sure = {"mixup_prob": 1.0, "mixup_mode": "elem", "remode": recipe.remode, "recount": recipe.recount}
     rows = {
         "original": None,
@@ -73,7 +73,7 @@ def _visible(images: Tensor, data: ImageData) -> Tensor:
 
 def plot_attention(folder: Path, name: str, data: ImageData, models: Sequence[tuple[str, VisionTransformer]]) -> None:
     """Draws test images with what each model's prefix tokens attend to in the last block."""
-    index = choose(data, COLUMNS)
+    index = choose(data.test.labels, COLUMNS)
     images, _ = augment(data.test.images, data.test.labels, neutral_plan(index), data.mean, data.std, len(data.classes))
     rows = []
     for label, model in models:

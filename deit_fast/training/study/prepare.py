@@ -16,7 +16,13 @@ from deit_fast.training.teacher_logits import TeacherLogits
 from deit_fast.training.teachers import prepare_teacher, teacher_cache
 
 _PLAN = {s.name for part in (DataConfig, AugmentationConfig) for s in settings(part)} | {
-    "epochs", "amp", "amp_dtype", "device", "fused", "channels_last"}
+    "epochs",
+    "amp",
+    "amp_dtype",
+    "device",
+    "fused",
+    "channels_last",
+}
 
 
 def plan_of(config: Config) -> str:

@@ -69,8 +69,10 @@ class Outcome:
 
     def course(self, name: str) -> list[Spread]:
         """A test metric after every epoch that all seeds have."""
-        return [Spread.of([row[f"{self.prefix}test_{name}"] for row in rows])
-                for rows in zip(*(result.rows for result in self.results))]
+        return [
+            Spread.of([row[f"{self.prefix}test_{name}"] for row in rows])
+            for rows in zip(*(result.rows for result in self.results))
+        ]
 
     @property
     def prefix(self) -> str:
@@ -97,8 +99,10 @@ def read(run: Run) -> Result:
         result = Result(run, rows, summary)
         result.row("best")["test_top1"]
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise CheckpointError(f"{run.folder} is no finished run ({type(error).__name__}: {error}). Remove it, or train it again "
-                              "with another --output-dir.") from error
+        raise CheckpointError(
+            f"{run.folder} is no finished run ({type(error).__name__}: {error}). Remove it, or train it again "
+            "with another --output-dir."
+        ) from error
     return result
 
 

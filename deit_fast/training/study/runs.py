@@ -30,7 +30,11 @@ OPERATIONS = {
     "jitter": ("color jitter", ("color_jitter",), {"color_jitter": 0.0}),
     "erasing": ("random erasing", ("reprob", "remode", "recount"), {"reprob": 0.0}),
     "mixup": ("MixUp", ("mixup", "mixup_prob", "mixup_mode"), {"mixup": 0.0}),
-    "cutmix": ("CutMix", ("cutmix", "cutmix_minmax", "mixup_prob", "mixup_mode"), {"cutmix": 0.0, "cutmix_minmax": None}),
+    "cutmix": (
+        "CutMix",
+        ("cutmix", "cutmix_minmax", "mixup_prob", "mixup_mode"),
+        {"cutmix": 0.0, "cutmix_minmax": None},
+    ),
 }
 
 
@@ -77,38 +81,63 @@ BY_MODEL = {variant.name: variant for variant in (VIT, DEIT, DEIT_AUG)}
 def variants_of(ablation: str, study: Study) -> list[Variant]:
     """The points of an ablation, in the order of its table."""
     if ablation == "tokens":
-        return [VIT, Variant("tokens-cls-cls", "CLS + CLS", "report-vit", {"tokens": "cls+cls"}), DEIT,
-                Variant("tokens-hard", "CLS + distillation, hard", "report-deit", {"distillation_type": "hard"})]
+        return [
+            VIT,
+            Variant("tokens-cls-cls", "CLS + CLS", "report-vit", {"tokens": "cls+cls"}),
+            DEIT,
+            Variant("tokens-hard", "CLS + distillation, hard", "report-deit", {"distillation_type": "hard"}),
+        ]
     if ablation == "augmentation":
         return _augmentation(study)
     key, grid = {"alpha": ("distillation_alpha", ALPHAS), "tau": ("distillation_tau", TAUS)}[ablation]
     usual = getattr(config_of(DEIT, 0, study).distillation, key)
-    return [DEIT if value == usual else Variant(f"{ablation}-{value:g}", f"{ablation} {value:g}", "report-deit", {key: value})
-            for value in sorted({*grid, usual})]
+    return [
+        DEIT
+        if value == usual
+        else Variant(f"{ablation}-{value:g}", f"{ablation} {value:g}", "report-deit", {key: value})
+        for value in sorted({*grid, usual})
+    ]
 
 
 def _augmentation(study: Study) -> list[Variant]:
     """None; each operation alone; all; all but each; all with repeated augmentation."""
     full = to_dict(config_of(DEIT_AUG, 0, study))
-    alone = [Variant(f"only-{name}", f"only {label}", "report-deit", {key: full[key] for key in keys})
-             for name, (label, keys, _) in OPERATIONS.items()]
-    without = [Variant(f"no-{name}", f"all but {label}", "report-deit-aug", off)
-               for name, (label, _, off) in OPERATIONS.items()]
-    repeated = [Variant("only-repeated", "only repeated augmentation (of unchanged images)", "report-deit", {"repeated_aug": True}),
-                Variant("all-repeated", "all and repeated augmentation", "report-deit-aug", {"repeated_aug": True})]
+    alone = [
+        Variant(f"only-{name}", f"only {label}", "report-deit", {key: full[key] for key in keys})
+        for name, (label, keys, _) in OPERATIONS.items()
+    ]
+    without = [
+        Variant(f"no-{name}", f"all but {label}", "report-deit-aug", off)
+        for name, (label, _, off) in OPERATIONS.items()
+    ]
+    repeated = [
+        Variant(
+            "only-repeated", "only repeated augmentation (of unchanged images)", "report-deit", {"repeated_aug": True}
+        ),
+        Variant("all-repeated", "all and repeated augmentation", "report-deit-aug", {"repeated_aug": True}),
+    ]
     return [DEIT, *alone, repeated[0], DEIT_AUG, *without, repeated[1]]
 
 
 def config_of(variant: Variant, seed: int, study: Study) -> Config:
     """The configuration of a run: preset < the study's flags where they mean this variant < the variant's changes."""
     preset = PRESETS[variant.preset]
-    changes = {key: value for key, value in study.changes.items()
-               if (key not in AUGMENTING or variant.preset == "report-deit-aug")
-               and (key not in DISTILLING or preset.get("distillation_type") != "none")}
+    changes = {
+        key: value
+        for key, value in study.changes.items()
+        if (key not in AUGMENTING or variant.preset == "report-deit-aug")
+        and (key not in DISTILLING or preset.get("distillation_type") != "none")
+    }
     folder = study.output_dir / "runs" / variant.name / f"seed{seed}"
     cache = study.changes.get("teacher_cache") or str(study.output_dir / "teachers")
-    fixed = {"preset": variant.preset, "seed": seed, "output_dir": str(folder), "teacher_cache": cache,
-             "teacher_logits": "stored", "resume": "auto"}
+    fixed = {
+        "preset": variant.preset,
+        "seed": seed,
+        "output_dir": str(folder),
+        "teacher_cache": cache,
+        "teacher_logits": "stored",
+        "resume": "auto",
+    }
     return from_dict({**changes, **variant.changes, **fixed})
 
 
@@ -120,8 +149,13 @@ def runs_of(variants: list[Variant], study: Study) -> list[Run]:
 
 def planned(study: Study) -> list[Run]:
     """All runs that were asked for."""
-    return runs_of([*(BY_MODEL[name] for name in study.models),
-                    *(variant for ablation in study.ablations for variant in variants_of(ablation, study))], study)
+    return runs_of(
+        [
+            *(BY_MODEL[name] for name in study.models),
+            *(variant for ablation in study.ablations for variant in variants_of(ablation, study)),
+        ],
+        study,
+    )
 
 
 def check_folder(run: Run, fingerprint: str) -> None:
@@ -138,12 +172,16 @@ def check_folder(run: Run, fingerprint: str) -> None:
         different.append("epochs")
     if different:
         listed = "; ".join(f"{key}: {theirs[key]!r} there, {ours[key]!r} here" for key in different)
-        raise ConfigError(f"{run.folder} holds a run with other settings ({listed}). Nothing was changed. Give its settings, or "
-                          "choose another --output-dir.")
+        raise ConfigError(
+            f"{run.folder} holds a run with other settings ({listed}). Nothing was changed. Give its settings, or "
+            "choose another --output-dir."
+        )
     found = _fingerprint(run.folder)
     if found not in (None, fingerprint):
-        raise ConfigError(f"{run.folder} holds a run on other data (fingerprint {found[:12]} there, {fingerprint[:12]} here). "
-                          "Nothing was changed. Give its data, or choose another --output-dir.")
+        raise ConfigError(
+            f"{run.folder} holds a run on other data (fingerprint {found[:12]} there, {fingerprint[:12]} here). "
+            "Nothing was changed. Give its data, or choose another --output-dir."
+        )
 
 
 def _fingerprint(folder: Path) -> str | None:

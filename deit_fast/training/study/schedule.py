@@ -1,8 +1,9 @@
 """Running what is not finished: one process per run, `--jobs` of them at a time.
 
 A process of its own gives each run its own peak memory and its own crash. The processes are forked from a server that
-has imported everything and started no thread (`forkserver`): a run starts in milliseconds and OpenMP survives. A run that
-dies with its study would go on writing beside the one of the next attempt, so each watches its parent and goes with it.
+has imported everything and started no thread (`forkserver`): a run starts in milliseconds and OpenMP survives. A run
+that outlived a killed study would go on writing beside the one of the next attempt, so each watches its parent and goes
+with it.
 
 The teacher, and the logits of every epoch's plan, are made first, by one process: runs at the same time would each make
 their own, and the first run's time would contain them.
@@ -67,8 +68,10 @@ def _train(context, study: Study, pending: list[Run], signals: StopSignals, log:
         failed += [run.title for run, process in busy if process.exitcode]
         busy = [(run, process) for run, process in busy if process.exitcode is None]
         if failed and not busy:
-            raise TrainingError(f"{'; '.join(failed)}: the run ended with an error, see above. What is finished is kept; "
-                                "mend the cause and give the command again.")
+            raise TrainingError(
+                f"{'; '.join(failed)}: the run ended with an error, see above. What is finished is kept; "
+                "mend the cause and give the command again."
+            )
 
 
 def _finish(signals: StopSignals, processes: list[BaseProcess]) -> None:

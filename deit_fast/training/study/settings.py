@@ -15,7 +15,14 @@ from typing import Any
 from deit_fast.errors import ConfigError
 from deit_fast.training.cli import Parser, Section, convert, nearest, setting, settings
 from deit_fast.training.config import (
-    SETTINGS, AugmentationConfig, DataConfig, DistillationConfig, ModelConfig, OptimConfig, RunConfig)
+    SETTINGS,
+    AugmentationConfig,
+    DataConfig,
+    DistillationConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+)
 
 PROG = "python -m deit_fast.study"
 FIXED = ("seed", "resume", "eval", "finetune", "model", "tokens", "aug", "teacher_logits", "eval_metric")
@@ -23,8 +30,17 @@ ABLATIONS = ("tokens", "augmentation", "alpha", "tau")
 MODELS = ("report-vit", "report-deit", "report-deit-aug")
 
 # --smoke: every file of the report within two minutes of two CPU cores. Flags go before.
-SMOKE = {"data_set": "digits", "input_size": 16, "epochs": 2, "teacher_model": "resnet18", "teacher_epochs": 2,
-         "log_interval": 1000}
+SMOKE = {
+    "data_set": "digits",
+    "input_size": 16,
+    "epochs": 2,
+    "batch_size": 32,
+    "teacher_model": "resnet18",
+    "teacher_epochs": 2,
+    "teacher_lr": 0.02,
+    "teacher_batch_size": 32,
+    "log_interval": 1000,
+}
 SMOKE_STUDY = {"seeds": "0,1", "ablation": "tokens"}
 
 
@@ -33,8 +49,12 @@ class StudyConfig(Section):
     """Study."""
 
     models: str = setting(",".join(MODELS), "what is compared, with commas", metavar="NAMES")
-    seeds: str = setting("0,1,2", "seeds of weights and dropout, with commas; the data seed is --data-seed for all",
-                         pattern=r"\d{1,9}(,\d{1,9})*", metavar="N,N")
+    seeds: str = setting(
+        "0,1,2",
+        "seeds of weights and dropout, with commas; the data seed is --data-seed for all",
+        pattern=r"\d{1,9}(,\d{1,9})*",
+        metavar="N,N",
+    )
     ablation: str | None = setting(None, f"further runs, with commas: {', '.join(ABLATIONS)}", metavar="NAMES")
     jobs: int = setting(1, "runs at the same time", within="[1, inf)")
     smoke: bool = setting(False, "digits, small and short: shows in two minutes every file that a study writes")
@@ -59,22 +79,40 @@ class Study:
 def parse(argv: Sequence[str]) -> Study:
     """The Study of a command line (without the program's name); --help prints the flags and exits with 0."""
     sections = (StudyConfig, DataConfig, AugmentationConfig, ModelConfig, DistillationConfig, OptimConfig, RunConfig)
-    parser = Parser(sections, (), PROG, "Train the report's ViT, DeiT and DeiT + augmentation under several seeds, and write "
-                    "report.md and report.html with the comparison into --output-dir (here: runs/study). A study that was "
-                    "stopped goes on when the command is given again. Flags of `train` hold for all runs; those of augmentation "
-                    "and distillation for the models that have it.", omit=FIXED)
+    parser = Parser(
+        sections,
+        (),
+        PROG,
+        "Train the report's ViT, DeiT and DeiT + augmentation under several seeds, and write "
+        "report.md and report.html with the comparison into --output-dir (here: runs/study). A study that was "
+        "stopped goes on when the command is given again. Flags of `train` hold for all runs; those of augmentation "
+        "and distillation for the models that have it.",
+        omit=FIXED,
+    )
     words = parser.words(argv)
     own = {s.name: s for s in settings(StudyConfig)}
     if words.get("smoke"):
         words = {**SMOKE, **SMOKE_STUDY, **words}
-    config = StudyConfig(**{name: convert(own[name], word, own[name].flag) for name, word in words.items() if name in own})
-    changes = {name: convert(SETTINGS[name], word, SETTINGS[name].flag) for name, word in words.items() if name not in own}
+    config = StudyConfig(
+        **{name: convert(own[name], word, own[name].flag) for name, word in words.items() if name in own}
+    )
+    changes = {
+        name: convert(SETTINGS[name], word, SETTINGS[name].flag) for name, word in words.items() if name not in own
+    }
     output_dir = Path(changes.pop("output_dir", "runs/study"))
     if output_dir.exists() and not output_dir.is_dir():
         raise ConfigError(f"--output-dir {output_dir} is a file. Name a folder.")
-    return Study(output_dir, _names("--models", config.models, MODELS), tuple(dict.fromkeys(map(int, config.seeds.split(",")))),
-                 _names("--ablation", config.ablation or "", ABLATIONS), config.jobs, config.smoke, config.report_only,
-                 changes, " ".join([PROG, *argv]))
+    return Study(
+        output_dir,
+        _names("--models", config.models, MODELS),
+        tuple(dict.fromkeys(map(int, config.seeds.split(",")))),
+        _names("--ablation", config.ablation or "", ABLATIONS),
+        config.jobs,
+        config.smoke,
+        config.report_only,
+        changes,
+        " ".join([PROG, *argv]),
+    )
 
 
 def _names(flag: str, text: str, known: Sequence[str]) -> tuple[str, ...]:

@@ -19,8 +19,10 @@ def run(study: Study, log: Log) -> Path:
     runs = planned(study)
     missing = [run.title for run in runs if not run.finished]
     if study.report_only and missing:
-        raise ConfigError(f"--report-only: {len(missing)} of {len(runs)} runs in {study.output_dir} are missing or not finished "
-                          f"({'; '.join(missing)}). Leave the flag out to train them, or ask for other --models and --seeds.")
+        raise ConfigError(
+            f"--report-only: {len(missing)} of {len(runs)} runs in {study.output_dir} are missing or not finished "
+            f"({'; '.join(missing)}). Leave the flag out to train them, or ask for other --models and --seeds."
+        )
     for text in sorted(set.intersection(*(set(warnings(run.config)) for run in runs))):
         log(f"WARNING: {text}")
     first = runs[0].config
@@ -28,4 +30,4 @@ def run(study: Study, log: Log) -> Path:
     for run in runs:
         check_folder(run, data.fingerprint)
     train_all(study, runs, log)
-    return write_report(study, runs, data, log)
+    return write_report(study, data, log)

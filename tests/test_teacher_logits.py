@@ -187,7 +187,7 @@ DEIT = (
 
 
 def test_training_from_tables_killed_and_resumed(tmp_path):
-    """A killed run that reads its teacher from tables ends bit for bit like a whole one; a second seed reads them too."""
+    """A killed run that reads tables ends bit for bit like a whole one, and a second seed reads the same tables."""
     flags = (*DEIT, "--teacher-cache", tmp_path / "cache")
     result = train(*flags, "--output-dir", tmp_path / "whole")
     assert result.code == 0 and result.output.count("teacher logits: epoch") == 2, result.output

@@ -91,14 +91,14 @@ def plot_attention(folder: Path, name: str, data: ImageData, models: Sequence[tu
     for line, (label, maps) in zip(axes[1:], rows):
         for axis, image, weights in zip(line, pixels, maps):
             _show(axis, image.mean(dim=-1, keepdim=True).expand(-1, -1, 3))
-            axis.imshow(weights, cmap="viridis", alpha=0.65, extent=extent, interpolation="bilinear")
+            axis.imshow(weights.numpy(), cmap="viridis", alpha=0.65, extent=extent, interpolation="bilinear")
         line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=10)
     save(folder, name, figure)
 
 
 def _show(axis: Axes, image: Tensor) -> None:
     """An image (H, W, 3) without ticks."""
-    axis.imshow(image, interpolation="nearest")
+    axis.imshow(image.numpy(), interpolation="nearest")
     axis.set_xticks([])
     axis.set_yticks([])
     axis.spines[:].set_visible(False)

@@ -213,7 +213,7 @@ def test_stopped_and_continued(smoke, tmp_path, capsys, signum):
 
 
 def test_a_run_that_fails_is_named(tmp_path, capfd):
-    """A loss that is not finite ends the study with exit code 2 (the run's own message goes to its process's stderr)."""
+    """A loss that is not finite ends the study with exit code 2; what is wrong the run itself has said."""
     assert (
         main([*TINY, "--models", "report-vit", "--ablation", "none", "--lr", "1e30", "--output-dir", str(tmp_path)])
         == 2

@@ -59,7 +59,7 @@ def make(data, network, folder, recipe=FULL, data_seed=0, batch_size=64, repeats
 
 @pytest.mark.parametrize("case", [
     dict(recipe=FULL), dict(recipe=Recipe()), dict(recipe=Recipe(), repeats=3, batch_size=300),
-    dict(recipe=FULL, repeats=3), dict(recipe=Recipe(hflip=0.5), aa="ra", batch_size=320),
+    dict(recipe=FULL, repeats=3, batch_size=24), dict(recipe=Recipe(hflip=0.5), aa="ra", batch_size=320),
 ], ids=["augmented", "per image", "repeated", "augmented and repeated", "policy"])  # fmt: skip
 def test_stored_equals_online(data, network, tmp_path, case):
     """Of every batch of two epochs, and from the middle of one: the order and the plan are the loader's."""

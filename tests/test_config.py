@@ -25,7 +25,7 @@ OPTIONS = {
     "distillation_type": "soft", "distillation_alpha": 0.5, "distillation_tau": 3.0,
     "distillation_reduction": "batchmean", "teacher_model": "resnet50", "teacher_stem": "auto",
     "teacher_weights": "none", "teacher_path": None, "teacher_epochs": 10, "teacher_lr": 0.1,
-    "teacher_batch_size": 128, "teacher_input_size": None, "teacher_cache": None,
+    "teacher_batch_size": 128, "teacher_input_size": None, "teacher_cache": None, "teacher_logits": "auto",
     "epochs": 20, "opt": "adam", "lr": 1e-3, "unscale_lr": True, "sched": "constant", "warmup_epochs": 0.0,
     "warmup_lr": 1e-6, "min_lr": 1e-5, "decay_epochs": 30.0, "decay_rate": 0.1, "weight_decay": 0.0, "momentum": 0.9,
     "opt_eps": 1e-8, "opt_betas": None, "clip_grad": None, "grad_accum_steps": 1,
@@ -39,7 +39,7 @@ CHOICES = {
     "data_set": "auto cifar10 cifar100 folder digits", "remode": "pixel const", "mixup_mode": "batch pair elem",
     "tokens": "cls cls+cls cls+dist", "distillation_type": "none soft hard", "teacher_stem": "auto imagenet cifar",
     "distillation_reduction": "batchmean numel", "teacher_weights": "none DEFAULT", "opt": "adam adamw sgd",
-    "sched": "constant cosine step", "amp_dtype": "bfloat16 float16",
+    "sched": "constant cosine step", "teacher_logits": "auto online stored", "amp_dtype": "bfloat16 float16",
     "eval_metric": "top1 top5 auc f1 precision recall loss",
 }
 TEXTS = {"data_path": "/d", "aa": "rand-m9-mstd0.5-inc1", "model": "deit_tiny_distilled_patch4_32",

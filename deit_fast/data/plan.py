@@ -8,7 +8,7 @@ testable at all.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -71,6 +71,12 @@ class Recipe:
     def cuts(self) -> bool:
         """Whether CutMix is on."""
         return self.cutmix > 0 or self.cutmix_minmax is not None
+
+    def at(self, epoch: int, mixing_off: int) -> Recipe:
+        """The recipe of an epoch, counted from 0: without mixing from epoch `mixing_off` on (0: never without)."""
+        if mixing_off == 0 or epoch < mixing_off:
+            return self
+        return replace(self, mixup=0.0, cutmix=0.0, cutmix_minmax=None)
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ import re
 import shutil
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -184,21 +184,31 @@ class _Formatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with the sections' flags, whose complaints are ConfigError."""
+    """argparse with the sections' flags, whose complaints are ConfigError.
 
-    def __init__(self, sections: Iterable[type], presets: Iterable[str], prog: str, description: str) -> None:
-        super().__init__(prog=prog, usage=f"{prog} [--preset NAME] [-c FILE] [flags]", description=description,
+    presets: the names that --preset takes; without any there is neither --preset nor --config. omit: settings that get
+    no flag.
+    """
+
+    def __init__(self, sections: Iterable[type], presets: Collection[str], prog: str, description: str,
+                 omit: Collection[str] = ()) -> None:
+        sources = "[--preset NAME] [-c FILE] " if presets else ""
+        super().__init__(prog=prog, usage=f"{prog} {sources}[flags]", description=description,
                          formatter_class=_Formatter, allow_abbrev=False, add_help=False,
                          argument_default=argparse.SUPPRESS)
-        top = self.add_argument_group("Where settings come from", "Later wins: defaults, --preset, --config, flags. In "
-                                      "flags - and _ are alike; the value none unsets what may be unset.")
+        order = "Later wins: defaults, --preset, --config, flags. " if presets else ""
+        top = self.add_argument_group("Where settings come from", f"{order}In flags - and _ are alike; the value "
+                                      "none unsets what may be unset.")
         top.add_argument("-h", "--help", action="help", help="show this page")
-        top.add_argument("--preset", metavar="NAME", help=f"one of {', '.join(presets)}")
-        top.add_argument("-c", "--config", metavar="FILE", help="YAML file of settings, such as a run's config.yaml")
+        if presets:
+            top.add_argument("--preset", metavar="NAME", help=f"one of {', '.join(presets)}")
+            top.add_argument("-c", "--config", metavar="FILE",
+                             help="YAML file of settings, such as a run's config.yaml")
         for section in sections:
             group = self.add_argument_group(section.__doc__.splitlines()[0].rstrip("."))
             for s in settings(section):
-                self._add(group, s)
+                if s.name not in omit:
+                    self._add(group, s)
 
     @staticmethod
     def _add(group: argparse._ArgumentGroup, s: Setting) -> None:

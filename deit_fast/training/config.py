@@ -141,6 +141,9 @@ class DistillationConfig(Section):
     teacher_input_size: int | None = setting(None, "resize images for the teacher; none: it sees the student's",
                                              within="[1, inf)")
     teacher_cache: str | None = setting(None, "folder of trained teachers; none: the user's cache", metavar="DIR")
+    teacher_logits: str = setting("auto", "online: the teacher sees every batch; stored: kept in that folder for all "
+                                  "runs with the same data seed and augmentation; auto: stored where nothing is "
+                                  "augmented (once per image), else online", choices=("auto", "online", "stored"))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+import resource
+import subprocess
 from pathlib import Path
 
 import torch
@@ -44,6 +46,25 @@ def describe_device(device: torch.device) -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has held: of the GPU's memory in tensors, or of the host's in all."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+def commit() -> str | None:
+    """The git commit of this code, with "+changes" when files differ from it; None when it is no checkout."""
+    git = ["git", "-C", str(Path(deit_fast.__file__).parent)]
+    try:
+        found = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10)
+        changes = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True,
+                                 text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
 
 
 def versions() -> dict[str, str]:

@@ -69,19 +69,26 @@ class Objective:
     """The loss of a batch, from what the model returns in training mode.
 
     One head (B, K) learns the targets. Of two heads, "cls+cls" means that both do (the mean of two cross-entropies) and
-    "cls+dist" that the second learns from the teacher.
+    "cls+dist" that the second learns from the teacher, whose logits are rounded to fp16 as stored ones are
+    (`teacher_logits.py`).
     """
 
     def __init__(self, tokens: str, config: DistillationConfig, teacher: Teacher | None) -> None:
         self.tokens, self.config, self.teacher = tokens, config, teacher
 
-    def __call__(self, images: Tensor, outputs: Tensor | tuple[Tensor, Tensor], targets: Tensor) -> Tensor:
-        """() fp32; images (B, 3, H, W) go to the teacher, targets are (B, K) probabilities or (B,) indices."""
+    def __call__(self, images: Tensor, outputs: Tensor | tuple[Tensor, Tensor], targets: Tensor,
+                 teacher_logits: Tensor | None = None) -> Tensor:
+        """() fp32; targets are (B, K) probabilities or (B,) indices.
+
+        The teacher sees images (B, 3, H, W), unless its logits (B, K) are given.
+        """
         if self.tokens == "cls":
             return ops.distillation_loss(outputs, None, targets)
         cls, dist = outputs
         if self.tokens == "cls+cls":
             return (ops.distillation_loss(cls, None, targets) + ops.distillation_loss(dist, None, targets)) / 2
+        if teacher_logits is None:
+            teacher_logits = self.teacher(images).half().float()
         c = self.config
-        return ops.distillation_loss(cls, dist, targets, self.teacher(images), c.distillation_type,
-                                     c.distillation_alpha, c.distillation_tau, c.distillation_reduction)
+        return ops.distillation_loss(cls, dist, targets, teacher_logits, c.distillation_type, c.distillation_alpha,
+                                     c.distillation_tau, c.distillation_reduction)

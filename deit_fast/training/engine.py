@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -43,11 +43,13 @@ class Job:
     mixing_off: the epoch, counted from 0, from which MixUp and CutMix are off; 0: never.
     title: what the progress lines begin with.
     remedy: what to do when the loss is not finite.
+    teacher_logits: (epoch, start) -> the logits (B, K) of each batch from `start` on, handed to the objective; None: it
+        asks its teacher itself.
     """
 
     name: str
     model: nn.Module
-    objective: Callable[[Tensor, Tensor | tuple[Tensor, Tensor], Tensor], Tensor]
+    objective: Callable[..., Tensor]  # (images, outputs, targets[, teacher_logits]) -> ()
     train: TrainLoader
     splits: dict[str, EvalLoader]
     num_classes: int
@@ -59,6 +61,7 @@ class Job:
     mixing_off: int = 0
     title: str = ""
     remedy: str = "Lower --lr, or limit gradients with --clip-grad 1.0."
+    teacher_logits: Callable[[int, int], Iterator[Tensor]] | None = None
 
 
 def check_resumable(path: Path, state: dict, name: str, num_classes: int, settings: dict) -> None:
@@ -139,20 +142,26 @@ class Trainer:
                 self.save()
             clock = time.perf_counter()
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The rest of the epoch; its plan is drawn here, with or without mixing, and the loader's recipe left alone."""
+    def _batches(self) -> Iterator[tuple[Tensor, ...]]:
+        """The rest of the epoch: (images, targets), and the teacher's logits where they are stored.
+
+        Its plan is drawn here, with or without mixing, and the loader's recipe left alone.
+        """
         loader, recipe = self.job.train, self.job.train.recipe
-        if self.job.mixing_off and self.epoch >= self.job.mixing_off:
-            loader.recipe = replace(recipe, mixup=0.0, cutmix=0.0, cutmix_minmax=None)
+        loader.recipe = recipe.at(self.epoch, self.job.mixing_off)
         try:
-            return loader.epoch(self.epoch, self.step)
+            batches = loader.epoch(self.epoch, self.step)
+            if self.job.teacher_logits is None:
+                return batches
+            logits = self.job.teacher_logits(self.epoch, self.step)
+            return ((*batch, of_teacher) for batch, of_teacher in zip(batches, logits, strict=True))
         finally:
             loader.recipe = recipe
 
-    def _train_step(self, images: Tensor, targets: Tensor) -> None:
-        """One batch (B, 3, H, W), (B, K); the optimizer's step when enough gradients are gathered."""
+    def _train_step(self, images: Tensor, targets: Tensor, *teacher_logits: Tensor) -> None:
+        """One batch (B, 3, H, W), (B, K), (B, K); the optimizer's step when enough gradients are gathered."""
         with autocast(self.device, self.run):
-            loss = self.job.objective(images, self._outputs(images), targets)
+            loss = self.job.objective(images, self._outputs(images), targets, *teacher_logits)
         self.scaler.scale(loss / self.accumulate).backward()
         self.loss_sum += loss.detach()
         bad = ~torch.isfinite(loss.detach()) & (self.first_bad < 0)

@@ -12,7 +12,7 @@ from deit_fast.data.datasets import ImageData
 from deit_fast.training import checkpoint, report
 from deit_fast.training.build import Serving
 from deit_fast.training.config import Config
-from deit_fast.training.device import describe_device, versions
+from deit_fast.training.device import commit, describe_device, peak_memory, versions
 from deit_fast.training.engine import Trainer
 from deit_fast.training.metrics import METRICS
 from deit_fast.training.progress import Log
@@ -52,7 +52,8 @@ def finish(config: Config, data: ImageData, trainer: Trainer, serving: Serving, 
         "ops": serving.ops, "seeded_dropout": serving.seeded,
         "seeds": {"seed": config.run.seed, "data_seed": config.data.data_seed},
         "effective_lr": trainer.schedule.effective_lr, "device": describe_device(trainer.device),
-        "versions": versions(), "threads": torch.get_num_threads(),
+        "versions": versions(), "commit": commit(), "peak_memory_bytes": peak_memory(trainer.device),
+        "threads": torch.get_num_threads(),
         "training_seconds": sum(row["seconds"] for row in history), "wall_seconds": trainer.wall_seconds})
     figures = ", ".join(f"{_WORDS.get(name, name)} {row[f'{prefix}test_{name}']:.4f}" for name in METRICS)
     log(f"best epoch {row['epoch']} (by {best['best']['metric']}), on the test split of {data.name}: {figures}")

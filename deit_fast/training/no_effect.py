@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .config import Config
 
 _TEACHER = "teacher_model teacher_stem teacher_weights teacher_path teacher_epochs teacher_lr teacher_batch_size " \
-           "teacher_input_size teacher_cache"
+           "teacher_input_size teacher_cache teacher_logits"
 _MIXING = "mixup_prob mixup_switch_prob mixup_mode mixup_off_epoch"
 _AUGMENTATION = "crop_pad hflip color_jitter aa reprob remode recount mixup cutmix cutmix_minmax smoothing " \
                 "repeated_aug aug_repeats " + _MIXING

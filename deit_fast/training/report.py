@@ -23,6 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
 from deit_fast.training.files import atomic_write
@@ -144,38 +145,45 @@ def plot_confusion(
     counts = np.asarray(confusion, dtype=np.int64)  # (K, K)
     if counts.shape != (len(classes), len(classes)):
         raise ValueError(f"plot_confusion: confusion must be {len(classes)} x {len(classes)}, got {counts.shape}")
-    support = counts.sum(axis=1, keepdims=True)
-    shares = np.where(support > 0, counts / np.maximum(support, 1), np.nan)
     size = min(max(6.0, 3.0 + 0.62 * len(classes)), 16.0)  # inches
     cell = 72 * (size - 3.0) / len(classes)  # points of height that one class has
     figure = Figure(figsize=(size + 1.2, size), dpi=110, layout="compressed")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
+    image = draw_confusion(axis, counts, classes, cell)
+    bar = figure.colorbar(image, ax=axis, fraction=0.04, pad=0.02)
+    many = len(classes) > _COUNTED_CLASSES
+    bar.set_label("share of the true class" + (" (square-root scale)" if many else ""), fontsize=12)
+    axis.set_xlabel("predicted class", fontsize=12)
+    axis.set_ylabel("true class", fontsize=12)
+    correct = np.trace(counts) / max(1, counts.sum())
+    missing = int((counts.sum(axis=1) == 0).sum())
+    note = f"; grey: {missing} without samples" if missing else ""
+    axis.set_title(f"{counts.sum():,} samples, {correct:.1%} correct{note}", fontsize=12)
+    _save(path, figure)
+
+
+def draw_confusion(axis: Axes, counts: np.ndarray, classes: Sequence[str], cell: float) -> AxesImage:
+    """The picture of counts (K, K) on an axis, with the classes' names; a class has `cell` points of height."""
+    support = counts.sum(axis=1, keepdims=True)
+    shares = np.where(support > 0, counts / np.maximum(support, 1), np.nan)
     many = len(classes) > _COUNTED_CLASSES
     # Without counts the colour alone must show a confusion of 1 %: the square root lifts it to a tenth of the scale.
     scale = PowerNorm(0.5 if many else 1.0, vmin=0, vmax=1)
     image = axis.imshow(np.ma.masked_invalid(shares), cmap="Blues", norm=scale, interpolation="nearest")
     axis.set_facecolor("#dddddd")  # shows through where a class has no sample
-    bar = figure.colorbar(image, ax=axis, fraction=0.04, pad=0.02)
-    bar.set_label("share of the true class" + (" (square-root scale)" if many else ""), fontsize=12)
     step = 1 if len(classes) <= _NAMED_CLASSES else math.ceil(len(classes) / 50)
     ticks = range(0, len(classes), step)
     font = min(11.0, 0.8 * cell * step)
-    labels = [_shorten(classes[index]) for index in ticks]
+    labels = [shorten(classes[index]) for index in ticks]
     turned = {"rotation": 90} if many else {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
     axis.set_xticks(ticks, labels, fontsize=font, **turned)
     axis.set_yticks(ticks, labels, fontsize=font)
     for text in (*axis.get_xticklabels(), *axis.get_yticklabels()):
         text.set_parse_math(False)  # a class may be called "$5_bill$"
-    axis.set_xlabel("predicted class", fontsize=12)
-    axis.set_ylabel("true class", fontsize=12)
-    correct = np.trace(counts) / max(1, counts.sum())
-    missing = int((support == 0).sum())
-    note = f"; grey: {missing} without samples" if missing else ""
-    axis.set_title(f"{counts.sum():,} samples, {correct:.1%} correct{note}", fontsize=12)
     if not many:
         _write_counts(axis, counts, shares, cell)
-    _save(path, figure)
+    return image
 
 
 def _write_counts(axis: Axes, counts: np.ndarray, shares: np.ndarray, cell: float) -> None:
@@ -188,7 +196,8 @@ def _write_counts(axis: Axes, counts: np.ndarray, shares: np.ndarray, cell: floa
         axis.text(column, row, str(count), ha="center", va="center", fontsize=font, color=colour)
 
 
-def _shorten(name: str) -> str:
+def shorten(name: str) -> str:
+    """A class's name, cut to fit beside an axis."""
     return name if len(name) <= _LABEL_CHARACTERS else f"{name[: _LABEL_CHARACTERS - 3]}..."
 
 

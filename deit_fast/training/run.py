@@ -22,7 +22,8 @@ from deit_fast.training.files import remove_leftovers
 from deit_fast.training.finish import finish, is_finished
 from deit_fast.training.optim import ModelEma
 from deit_fast.training.progress import Log
-from deit_fast.training.teachers import prepare_teacher, teacher_identity
+from deit_fast.training.teacher_logits import TeacherLogits, stores_logits
+from deit_fast.training.teachers import prepare_teacher, teacher_cache, teacher_identity
 
 # Settings that may differ between a run and its resumption: they change where it is computed and how it is watched, not
 # what. (finetune: the checkpoint brings the weights. Data and teacher are compared by their contents.)
@@ -84,6 +85,9 @@ def _train(config: Config, data: ImageData, model: VisionTransformer, resume: Pa
     if model.distilled:
         teacher, teacher_report = prepare_teacher(config, data, device, log)
     objective = Objective(model.tokens, config.distillation, teacher)
+    logits = None
+    if teacher is not None and stores_logits(config, train.recipe):
+        logits = TeacherLogits(config, data, teacher, train, teacher_cache(config.distillation) / "logits", log).epoch
     log(f"loader: {train.description}")
     serving = build.probe(config, model, objective, train, device)
     log(f"ops: {', '.join(f'{op} {backend}' for op, backend in sorted(serving.ops.items()))}")
@@ -94,7 +98,7 @@ def _train(config: Config, data: ImageData, model: VisionTransformer, resume: Pa
                         "data": data.name},
               seed=build.dropout_seed(config.run.seed, device) if serving.seeded else None,
               ema=ModelEma(model, c.model_ema_decay, c.model_ema_warmup) if c.model_ema else None,
-              mixing_off=config.augmentation.mixup_off_epoch)
+              mixing_off=config.augmentation.mixup_off_epoch, teacher_logits=logits)
     trainer = Trainer(job, config.optim, config.run, device, log)
     log(trainer.schedule.describe())
     torch.manual_seed(config.run.seed)

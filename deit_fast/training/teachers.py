@@ -48,6 +48,7 @@ class TeacherReport:
     stem: str
     split: str
     top1: float
+    training_seconds: float | None  # None: not known, for it was not trained here
 
 
 def resolve_stem(config: DistillationConfig, device: torch.device, image_size: int) -> str:
@@ -65,6 +66,12 @@ def teacher_identity(config: Config, data: ImageData, device: torch.device) -> s
     if c.teacher_path is not None:
         return hashlib.sha256(_read(Path(c.teacher_path))).hexdigest()[:16]
     return _key(_recipe(config, data, resolve_stem(c, device, data.train.images.shape[-1])))
+
+
+def teacher_cache(config: DistillationConfig) -> Path:
+    """The folder of trained teachers and of their stored logits."""
+    home = Path(os.environ.get("DEIT_FAST_CACHE") or Path.home() / ".cache/deit_fast")
+    return Path(config.teacher_cache or home / "teachers")
 
 
 def prepare_teacher(config: Config, data: ImageData, device: torch.device, log: Log) -> tuple[Teacher, TeacherReport]:
@@ -88,7 +95,7 @@ def prepare_teacher(config: Config, data: ImageData, device: torch.device, log: 
     if top1 < 2 / len(data.classes):
         log("WARNING: the teacher is hardly better than chance on this data set. Was it trained on another one, or on "
             "classes in another order, or too short (--teacher-epochs)?")
-    return teacher, TeacherReport(source, c.teacher_model, stem, split, top1)
+    return teacher, TeacherReport(source, c.teacher_model, stem, split, top1, metadata.get("training_seconds"))
 
 
 def _cached_or_trained(config: Config, data: ImageData, stem: str, device: torch.device,
@@ -96,8 +103,7 @@ def _cached_or_trained(config: Config, data: ImageData, stem: str, device: torch
     """(source, network, metadata) of the teacher under this run's key, trained first when it is not there."""
     c = config.distillation
     recipe = _recipe(config, data, stem)
-    home = Path(os.environ.get("DEIT_FAST_CACHE") or Path.home() / ".cache/deit_fast")
-    folder = Path(c.teacher_cache or home / "teachers") / f"{c.teacher_model}-{_key(recipe)}"
+    folder = teacher_cache(c) / f"{c.teacher_model}-{_key(recipe)}"
     source = f"from {folder}"
     if not (folder / "done.pt").exists():
         source = f"trained first, kept in {folder}"
@@ -165,7 +171,8 @@ def _train(config: Config, data: ImageData, stem: str, recipe: dict, folder: Pat
         log(f"teacher: resumed from {trainer.last}, {trainer.epoch} epochs and {trainer.step} steps done")
     trainer.fit()
     best = checkpoint.load(folder / "best.pt", device)
-    checkpoint.save(folder / "done.pt", best | {"model": _without_input(best["model"])})
+    metadata = best["metadata"] | {"training_seconds": trainer.wall_seconds}
+    checkpoint.save(folder / "done.pt", best | {"model": _without_input(best["model"]), "metadata": metadata})
 
 
 def _cross_entropy(_images: Tensor, logits: Tensor, targets: Tensor) -> Tensor:

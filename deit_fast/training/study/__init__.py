@@ -1,0 +1,1 @@
+"""The study: the report's three models trained under several seeds, ablations, and the page that compares them."""

@@ -148,7 +148,7 @@ ATTENTION = [
         ("1x300x96h2", lambda m: {"qkv": m.normal(1, 300, 96), "num_heads": 2}, {}),
         ("scale", lambda m: {"qkv": m.normal(2, 33, 96), "num_heads": 2, "scale": 0.5}, {}),
         ("dropout", lambda m: {"qkv": m.normal(2, 66, 192), "num_heads": 8, "dropout_p": 0.1, "seed": m.seed()}, {}),
-        ("longdropout", lambda m: {"qkv": m.normal(1, 270, 48), "num_heads": 1, "dropout_p": 0.2, "seed": m.seed()}, {}),
+        ("1x260x24h1p", lambda m: {"qkv": m.normal(1, 260, 24), "num_heads": 1, "dropout_p": 0.2, "seed": m.seed()}, {}),
         ("extreme", lambda m: {"qkv": m.normal(1, 66, 192, scale=12.0), "num_heads": 8}, {}),
         ("transposed", lambda m: {"qkv": m.normal(66, 2, 192).transpose(0, 1), "num_heads": 8}, {}),
         ("empty", lambda m: {"qkv": m.normal(0, 66, 192), "num_heads": 8}, {}),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
 import torch
 
-from deit_fast.backend import BackendError, use_backend
+from deit_fast.backend import OPS, BackendError, use_backend
 from deit_fast.kernels import cpu
 from deit_fast.ops.registration import NativeOp
 
@@ -36,12 +37,13 @@ def _toy_module() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def toy() -> NativeOp:
+def toy() -> Iterator[NativeOp]:
     if cpu.why_not():
         pytest.skip(cpu.why_not())
     sys.modules["deit_fast.kernels.cpu.toy_axpy"] = _toy_module()
-    return NativeOp("toy_axpy", ("cpu",), "Tensor x, Tensor w, Tensor? b, Tensor r, float power", grads=("x", "w", "b"),
-                    out=lambda x, *_: x.new_empty(x.shape), added="r")
+    yield NativeOp("toy_axpy", ("cpu",), "Tensor x, Tensor w, Tensor? b, Tensor r, float power", grads=("x", "w", "b"),
+                   out=lambda x, *_: x.new_empty(x.shape), added="r")
+    del OPS["toy_axpy"]  # other tests compare the table of ops with a fresh process's
 
 
 def tensors(requires_grad: bool = True) -> list[torch.Tensor]:

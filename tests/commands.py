@@ -1,4 +1,4 @@
-"""The training command in processes of its own that start in milliseconds: forked from one that has imported everything.
+"""The training command in processes of its own that start in milliseconds, forked from one that imported everything.
 
 They are real processes, so they can be killed. `Death` says where: at the n-th call of a function.
 """
@@ -69,7 +69,8 @@ def train(*flags: str, death: Death | None = None, kill_after: float | None = No
     """Runs `deit_fast.train` with one thread to its end, or kills it `kill_after` seconds after its start."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "output")
-        process = CONTEXT.Process(target=_child, args=(list(map(str, flags)), str(path), death, file_limit, environment or {}))
+        settings = list(map(str, flags)), str(path), death, file_limit, environment or {}
+        process = CONTEXT.Process(target=_child, args=settings)
         process.start()
         process.join(120 if kill_after is None else kill_after)
         if process.is_alive():
@@ -79,7 +80,8 @@ def train(*flags: str, death: Death | None = None, kill_after: float | None = No
         return Result(process.exitcode, path.read_text() if path.exists() else "")
 
 
-def _child(flags: list[str], path: str, death: Death | None, file_limit: int | None, environment: dict[str, str]) -> None:
+def _child(flags: list[str], path: str, death: Death | None, file_limit: int | None,
+           environment: dict[str, str]) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

@@ -61,7 +61,8 @@ class Sized:
             yield torch.randn(size, FEATURES, generator=generator), torch.arange(size) % CLASSES
 
 
-def make(tmp_path, loader=None, ema=False, mixing_off=0, objective=None, splits=("val", "test"), lines=None, **settings):
+def make(tmp_path, loader=None, ema=False, mixing_off=0, objective=None, splits=("val", "test"), lines=None,
+         **settings):
     """A Trainer of a linear model; settings go to OptimConfig or RunConfig by their names."""
     torch.manual_seed(0)
     model = nn.Linear(FEATURES, CLASSES)
@@ -125,13 +126,14 @@ def test_train_loss_and_rows(tmp_path):
     row = make(tmp_path, objective=objective, epochs=1).fit()[0]
     assert row["train_loss"] == pytest.approx(float(torch.stack(losses).mean()), rel=1e-6)
     names = ("loss", "top1", "top5", "auc", "f1", "precision", "recall")
-    assert list(row) == ["epoch", "lr", "train_loss", *(f"{split}_{name}" for split in ("val", "test") for name in names),
-                         "images_per_second", "seconds"]
+    assert list(row) == ["epoch", "lr", "train_loss", *(f"val_{name}" for name in names),
+                         *(f"test_{name}" for name in names), "images_per_second", "seconds"]
 
 
 @pytest.mark.parametrize("interval", [1, 100])
 def test_nan_loss_stops_and_keeps_the_last_good_state(tmp_path, interval):
-    trainer = make(tmp_path, Batches(bad_step=2), checkpoint_interval=1, log_interval=interval, sched="cosine", epochs=3)
+    trainer = make(tmp_path, Batches(bad_step=2), checkpoint_interval=1, log_interval=interval, sched="cosine",
+                   epochs=3)
     with pytest.raises(TrainingError) as caught:
         trainer.fit()
     message = str(caught.value)
@@ -209,7 +211,8 @@ def test_best_epoch_without_validation_is_the_last_and_with_ema_the_averages(tmp
     assert trainer.best["metric"] == "ema_val_top1" and trainer.best["value"] == row["ema_val_top1"]
 
 
-@pytest.mark.parametrize(("accumulate", "interval", "saved"), [(1, 3, [3, 6]), (2, 3, [4, 6]), (4, 2, [4, 8]), (1, 0, [])])
+@pytest.mark.parametrize(("accumulate", "interval", "saved"), [
+    (1, 3, [3, 6]), (2, 3, [4, 6]), (4, 2, [4, 8]), (1, 0, [])])
 def test_checkpoints_come_after_updates(tmp_path, monkeypatch, accumulate, interval, saved):
     """At the first whole update behind each interval, never with gradients under way."""
     trainer = make(tmp_path, Batches(steps=8), grad_accum_steps=accumulate, checkpoint_interval=interval, epochs=1)

@@ -1,4 +1,4 @@
-"""`python -m deit_fast.train` as its users see it: the output folder, --eval, the switches, and messages for bad input."""
+"""`python -m deit_fast.train` as its users see it: the output folder, --eval, the switches, messages for bad input."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from deit_fast.data.loader import EvalLoader
 from deit_fast.train import main
 from deit_fast.training import checkpoint
 
+AVERAGED = (*VIT, "--model-ema", "--model-ema-decay", "0.5", "--crop-pad", "1")
 NAMES = ("loss", "top1", "top5", "auc", "f1", "precision", "recall")
 
 
@@ -39,7 +40,7 @@ def digits():
 def finished(tmp_path_factory) -> Path:
     """A run of two epochs with an average."""
     folder = tmp_path_factory.mktemp("finished")
-    result = train(*VIT, "--epochs", "2", "--model-ema", "--model-ema-decay", "0.5", "--crop-pad", "1", "--output-dir", folder)
+    result = train(*AVERAGED, "--epochs", "2", "--output-dir", folder)
     assert result.code == 0, result.output
     return folder
 
@@ -62,13 +63,14 @@ def exported(folder: Path, digits):
 class TestOutputFolder:
     def test_files_and_table(self, finished):
         assert {path.name for path in finished.iterdir()} == {
-            "config.yaml", "metrics.csv", "summary.json", "last.pt", "best.pt", "model.safetensors", "curves.png", "confusion.png"}
+            "config.yaml", "metrics.csv", "summary.json", "last.pt", "best.pt", "model.safetensors", "curves.png",
+            "confusion.png"}
         header = (finished / "metrics.csv").read_text().splitlines()[0].split(",")
         splits = [f"{prefix}{split}_{name}" for prefix in ("", "ema_") for split in ("val", "test") for name in NAMES]
         assert header == ["epoch", "lr", "train_loss", *splits, "images_per_second", "seconds"]
         table = rows(finished)
         assert [row["epoch"] for row in table] == [1, 2] and all(row["lr"] == 1e-3 for row in table)
-        assert all(0 <= value <= 1 for row in table for key, value in row.items() if key in splits and "loss" not in key)
+        assert all(0 <= row[name] <= 1 for row in table for name in splits if "loss" not in name)
         for name in ("curves.png", "confusion.png"):
             with Image.open(finished / name) as picture:
                 assert min(picture.size) > 300 and len(picture.convert("RGB").getcolors(1 << 20)) > 10
@@ -89,14 +91,16 @@ class TestOutputFolder:
         for name, value in expected.items():
             assert row[f"ema_test_{name}"] == pytest.approx(value, abs=2e-6), name
         assert summary["test_of_best"]["confusion"] == sk.confusion_matrix(labels, predicted).tolist()
-        np.testing.assert_allclose(summary["test_of_best"]["per_class"]["f1"], sk.f1_score(labels, predicted, average=None), rtol=1e-6)
+        by_class = sk.f1_score(labels, predicted, average=None)
+        np.testing.assert_allclose(summary["test_of_best"]["per_class"]["f1"], by_class, rtol=1e-6)
 
     def test_summary(self, finished, digits):
         summary, table = json.loads((finished / "summary.json").read_text()), rows(finished)
         best = summary["best"]["epoch"]
         assert summary["best"]["metric"] == "ema_val_top1"
         assert summary["best"]["value"] == max(row["ema_val_top1"] for row in table) == table[best - 1]["ema_val_top1"]
-        assert summary["best"]["metrics"] == pytest.approx(table[best - 1]) and summary["final"] == pytest.approx(table[-1])
+        assert summary["best"]["metrics"] == pytest.approx(table[best - 1])
+        assert summary["final"] == pytest.approx(table[-1])
         assert summary["data"]["name"] == "digits" and summary["data"]["fingerprint"] == digits.fingerprint
         assert (summary["data"]["train"], summary["data"]["val"], summary["data"]["test"]) == (1295, 143, 359)
         assert summary["ops"]["attention"] == summary["ops"]["augment"] == "reference"  # no --fused
@@ -111,8 +115,8 @@ class TestOutputFolder:
         assert result.code == 0, result.output
         ours, theirs = load_file(tmp_path / "model.safetensors"), load_file(finished / "model.safetensors")
         assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
-        texts = [re.sub("(?m)^output_dir: .*", "", (folder / "config.yaml").read_text()) for folder in (tmp_path, finished)]
-        assert texts[0] == texts[1] != ""
+        texts = [(folder / "config.yaml").read_text() for folder in (tmp_path, finished)]
+        assert texts[0].replace(str(tmp_path), str(finished)) == texts[1]
 
     def test_eval(self, finished, tmp_path):
         """--resume gives last.pt's weights and their average, --finetune those of any weights; nothing is written."""
@@ -124,13 +128,14 @@ class TestOutputFolder:
             line = f"{prefix}: " + ", ".join(f"{name} {row[f'{prefix}_{name}']:.4f}" for name in NAMES)
             assert re.search(f"(?m)^{re.escape(line)}$", output), output
         best = rows(finished)[json.loads((finished / "summary.json").read_text())["best"]["epoch"] - 1]
-        output = train(*VIT, "--eval", "--output-dir", tmp_path / "none", "--finetune", finished / "model.safetensors").output
+        weights = finished / "model.safetensors"
+        output = train(*VIT, "--eval", "--output-dir", tmp_path / "none", "--finetune", weights).output
         assert f"\ntest: loss {best['ema_test_loss']:.4f}, top1 {best['ema_test_top1']:.4f}" in output
         assert "ema_" not in output and not (tmp_path / "none").exists()
         assert {path.name: path.stat().st_mtime_ns for path in finished.iterdir()} == before
 
     def test_which_ops_serve(self, tmp_path):
-        """Printed and in the summary; --fused takes the automatic order, and without it even augment is the reference."""
+        """Printed and in the summary; --fused takes the automatic order. (Without: test_summary.)"""
         result = train(*VIT, "--epochs", "1", "--fused", "--output-dir", tmp_path)
         serving = json.loads((tmp_path / "summary.json").read_text())["ops"]
         assert "ops: " + ", ".join(f"{op} {backend}" for op, backend in sorted(serving.items())) in result.output
@@ -186,13 +191,13 @@ class TestBadInput:
         given = [*VIT, "--teacher-cache", str(tmp_path / "cache"), "--output-dir", str(tmp_path / "run"), *flags]
         assert main(given) == 2
         complaint = capsys.readouterr().err
-        assert complaint.startswith("error: ") and words in complaint and len(complaint.strip().splitlines()) <= 3, complaint
+        assert complaint.startswith("error: ") and words in complaint and complaint.count("\n") <= 3, complaint
         assert not (tmp_path / "run" / "last.pt").exists() and not (tmp_path / "cache").exists()
 
     def test_a_process(self, tmp_path):
         """The command itself, as a shell sees it."""
-        result = subprocess.run([sys.executable, "-m", "deit_fast.train", "--lr", "-1"], capture_output=True, text=True, cwd=tmp_path,
-                                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
+        result = subprocess.run([sys.executable, "-m", "deit_fast.train", "--lr", "-1"], capture_output=True, text=True,
+                                cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
         assert result.returncode == 2 and not result.stdout
         assert result.stderr == "error: --lr must be > 0, got -1.0.\n"
 
@@ -211,8 +216,7 @@ class TestBadInput:
     ])
     def test_checkpoint_of_another_run(self, finished, capsys, flags, words):
         before = (finished / "last.pt").read_bytes(), (finished / "config.yaml").read_bytes()
-        given = [*VIT, "--crop-pad", "1", "--model-ema", "--model-ema-decay", "0.5", "--output-dir", str(finished), "--resume", *flags]
-        assert main(given) == 2
+        assert main([*AVERAGED, "--output-dir", str(finished), "--resume", *flags]) == 2
         assert words in capsys.readouterr().err
         assert ((finished / "last.pt").read_bytes(), (finished / "config.yaml").read_bytes()) == before
 
@@ -236,7 +240,8 @@ class TestBadInput:
                 folder.mkdir(parents=True)
                 for number in range(count):
                     Image.new("RGB", (8, 8), tuple(c + number for c in colour)).save(folder / f"{number}.png")
-        data = ["--data-set", "folder", "--data-path", str(tmp_path / "data"), "--batch-size", "4", "--output-dir", str(tmp_path)]
+        data = ["--data-set", "folder", "--data-path", str(tmp_path / "data"), "--batch-size", "4"]
+        data += ["--output-dir", str(tmp_path)]
         assert main([*VIT, *data, "--eval", "--resume", str(finished / "last.pt")]) == 2
         assert "num_classes 10, this run has num_classes 2" in capsys.readouterr().err
         assert main([*VIT, *data, "--eval", "--finetune", str(finished / "model.safetensors")]) == 2
@@ -251,7 +256,8 @@ class TestBadInput:
         assert train(*VIT, "--epochs", "1", "--output-dir", tmp_path).code == 0
         before = (tmp_path / "last.pt").read_bytes()
         result = train(*VIT, "--epochs", "2", "--output-dir", tmp_path, "--resume", file_limit=100_000)
-        assert result.code == 2 and "Traceback" not in result.output and "could not write" in result.output, result.output
+        assert result.code == 2 and "could not write" in result.output, result.output
+        assert "Traceback" not in result.output
         assert (tmp_path / "last.pt").read_bytes() == before and checkpoint.load(tmp_path / "last.pt")["epoch"] == 1
         assert not list(tmp_path.glob(".*.tmp"))
 
@@ -264,8 +270,9 @@ class TestBadInput:
                 listening.listen()
             proxy = f"http://127.0.0.1:{listening.getsockname()[1]}"
             started = time.monotonic()
-            result = train("--preset", "report-deit", *TINY, "--teacher-model", "shufflenet_v2_x0_5", "--teacher-weights", "DEFAULT",
-                           "--teacher-cache", tmp_path / "cache", "--output-dir", tmp_path / "run",
+            result = train("--preset", "report-deit", *TINY, "--teacher-model", "shufflenet_v2_x0_5",
+                           "--teacher-weights", "DEFAULT", "--teacher-cache", tmp_path / "cache",
+                           "--output-dir", tmp_path / "run",
                            environment={"https_proxy": proxy, "HTTPS_PROXY": proxy, "no_proxy": "", "NO_PROXY": "",
                                         "TORCH_HOME": str(tmp_path)})
         assert result.code == 2 and "Traceback" not in result.output, result.output

@@ -26,7 +26,7 @@ def check_model(config: Config) -> int:
         model = _create(config, 2, config.data.input_size)
     if model.distilled and config.distillation.distillation_type == "none" and not config.run.eval:
         raise ConfigError(f"--distillation-type none leaves the distillation token of {c.model} untrained, and "
-                          "evaluation averages its head in. Use --tokens cls, or --tokens cls+cls, or distillation soft "
+                          "evaluation averages its head in. Use --tokens cls, --tokens cls+cls, or distillation soft "
                           "or hard.")
     return model.patch_embed.img_size
 

@@ -44,6 +44,7 @@ class Job:
     title: what the progress lines begin with.
     teacher_logits: (epoch, start) -> the logits (B, K) of each batch from `start` on, handed to the objective; None: it
         asks its teacher itself.
+    remedy: what to do when the loss is not finite.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Job:
     mixing_off: int = 0
     title: str = ""
     teacher_logits: Callable[[int, int], Iterator[Tensor]] | None = None
+    remedy: str = "Lower --lr, or limit gradients with --clip-grad 1.0."
 
 
 def check_resumable(path: Path, state: dict, name: str, num_classes: int, settings: dict) -> None:
@@ -297,8 +299,7 @@ class Trainer:
         lr = self.schedule.lr(self.epoch * self.updates_per_epoch + step // self.accumulate)
         scale = f", loss scale {self.scaler.get_scale():g}" if self.scaler.is_enabled() else ""
         good = f"The last good checkpoint is {self.last}" if self.last.exists() else "There is no checkpoint yet"
-        raise TrainingError(f"{fact} (learning rate {lr:.3g}{scale}). {good}. Lower --lr, or limit gradients with "
-                            "--clip-grad 1.0.")
+        raise TrainingError(f"{fact} (learning rate {lr:.3g}{scale}). {good}. {self.job.remedy}")
 
     def _write_history(self) -> None:
         if self.history:

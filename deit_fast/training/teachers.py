@@ -163,7 +163,8 @@ def _train(config: Config, data: ImageData, stem: str, recipe: dict, folder: Pat
                         len(data.classes), _batch_size(config, data), data_seed=config.data.data_seed, device=device,
                         channels_last=run.channels_last)
     job = Job(c.teacher_model, model, _cross_entropy, train, build_eval_loaders(config, data, device),
-              len(data.classes), folder, recipe, {"mean": list(mean), "std": list(std), "stem": stem}, title="teacher ")
+              len(data.classes), folder, recipe, {"mean": list(mean), "std": list(std), "stem": stem}, title="teacher ",
+              remedy="Lower --teacher-lr.")
     trainer = Trainer(job, optim, run, device, log)
     if trainer.last.exists():
         trainer.restore(trainer.last, checkpoint.load(trainer.last, device))

@@ -1,6 +1,6 @@
-"""Compiles every Triton kernel that the presets' shapes select, on a machine without a GPU, and prints what the chip gets.
+"""Compiles every Triton kernel that the presets' shapes select, without a GPU, and prints what the chip gets.
 
-    python scripts/cubins.py [--arch 80 90 100] [--op attention ...] [--dtype bf16 fp16 fp32 bf16mixed] [--preset NAME ...]
+    python scripts/cubins.py [--arch 80 90 100] [--op attention ...] [--dtype bf16 ...] [--preset NAME ...]
 
 The launchers run on `meta` tensors while `common.recording()` collects their launches, so kernels, constants and
 specialisations are those of a real run. Columns: registers per thread, stack bytes (spills), dynamic shared memory per
@@ -70,7 +70,8 @@ def block_calls(preset: str, dtype: str, batch: int = 64) -> dict[str, tuple]:
         "attention": (x(batch, N, 3 * C), H, None, 0.0, None),
         "linear_residual": (x(batch, N, C), w(C, C), w(C), x(batch, N, C), p, seed, None),
         "layernorm_mlp": (x(batch, N, C), w(C), w(C), w(4 * C, C), w(4 * C), w(C, 4 * C), w(C), 1e-6, p, seed, None),
-        "distillation_loss": (x(batch, K), x(batch, K), _meta(torch.int64, batch), x(batch, K), "soft", 0.5, 3.0, "batchmean", 0.0),
+        "distillation_loss": (x(batch, K), x(batch, K), _meta(torch.int64, batch), x(batch, K), "soft", 0.5, 3.0,
+                              "batchmean", 0.0),
     }
 
 
@@ -109,7 +110,8 @@ def matrix(presets: list[str], names: list[str], dtypes: list[str]) -> Iterator[
 
 def specialisation(launch: Launch) -> tuple:
     """Equal for launches that share one compiled kernel."""
-    return launch.kernel.__name__, tuple(sorted((name, _kind(launch, name, value)) for name, value in launch.arguments.items()))
+    return launch.kernel.__name__, tuple(sorted((name, _kind(launch, name, value)) for name,
+                                                value in launch.arguments.items()))
 
 
 def _kind(launch: Launch, name: str, value: object) -> str:
@@ -133,8 +135,8 @@ def compile_launch(launch: Launch, arch: int) -> Usage:
         if kind.startswith("*") or kind == "i32" and not parameter.do_not_specialize and value % 16 == 0:
             attributes[(i,)] = [["tt.divisibility", 16]]
     options = {name: launch.arguments[name] for name in OPTIONS if name in launch.arguments}
-    compiled = triton.compile(ASTSource(launch.kernel, signature, constants, attributes), target=GPUTarget("cuda", arch, 32),
-                              options=options)
+    compiled = triton.compile(ASTSource(launch.kernel, signature, constants, attributes),
+                              target=GPUTarget("cuda", arch, 32), options=options)
     return _usage(compiled.asm["cubin"], compiled.metadata.shared)
 
 
@@ -157,7 +159,8 @@ def main() -> None:
     parser.add_argument("--preset", nargs="+", choices=PRESETS, default=list(PRESETS))
     chosen = parser.parse_args()
     print(f"Triton {triton.__version__}, torch {torch.__version__}\n")
-    print("| sm | preset | dtype | kernel | grid | warps | registers | stack | shared | instructions |\n" + "|---" * 10 + "|")
+    print("| sm | preset | dtype | kernel | grid | warps | registers | stack | shared | instructions |")
+    print("|---" * 10 + "|")
     too_large = 0
     for preset, dtype, launch in matrix(chosen.preset, chosen.op, chosen.dtype):
         for arch in chosen.arch:

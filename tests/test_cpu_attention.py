@@ -38,7 +38,8 @@ def compare(qkv: torch.Tensor, num_heads: int, **settings) -> None:
         assert_within_budget(name, *triple)
 
 
-@pytest.mark.parametrize(("B", "N", "H", "D"), [(2, 66, 8, 8), (1, 65, 3, 8), (1, 7, 2, 5), (2, 67, 1, 64), (1, 130, 2, 8)])
+@pytest.mark.parametrize(("B", "N", "H", "D"),
+                         [(2, 66, 8, 8), (1, 65, 3, 8), (1, 7, 2, 5), (2, 67, 1, 64), (1, 130, 2, 8)])
 @pytest.mark.parametrize("p", [0.1, 0.75])
 def test_dropout_mask_is_the_references(B: int, N: int, H: int, D: int, p: float) -> None:
     """With all logits equal and V one-hot in the key, an output element is a kept weight or an exact zero."""
@@ -112,7 +113,8 @@ def test_nan_and_infinity_reach_the_output_like_the_references() -> None:
 
 def test_what_it_does_not_serve() -> None:
     qkv = torch.randn(1, 5, 24)
-    for bad, settings, words in ((qkv.half(), {}, "float16 has no C"), (qkv.double(), {}, "float64 has no C"),
+    for bad, settings, words in ((qkv.half(), {}, "float16 activations have no C"),
+                                 (qkv.double(), {}, "float64 activations have no C"),
                                  (qkv, {"dropout_p": 0.1}, "dropout without a seed")):
         with pytest.raises(BackendError, match=words):
             ops.attention(bad, 1, backend="cpu", **settings)
@@ -126,8 +128,9 @@ def test_every_instruction_set(isa: str) -> None:
     if os.environ.get("DEIT_FAST_CPU_ISA"):
         pytest.skip("already inside a forced instruction set")
     folder = Path(__file__).parent
-    here = ["-k", "(attention-cpu and eager) or mask or block_boundary or extreme or nan", str(folder / "test_parity.py"), __file__]
-    run = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *here], cwd=folder.parent, text=True,
-                         env={**os.environ, "DEIT_FAST_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}, capture_output=True)
+    names = "(attention-cpu and eager) or mask or block_boundary or head_dim or extreme or nan"
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", names, str(folder / "test_parity.py"), __file__]
+    run = subprocess.run(command, cwd=folder.parent, text=True, capture_output=True,
+                         env={**os.environ, "DEIT_FAST_CPU_ISA": isa, "OMP_NUM_THREADS": "1"})
     assert run.returncode == 0, run.stdout[-3000:]
     assert f"CPU kernels: {isa}" in run.stdout

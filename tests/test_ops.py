@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from deit_fast import BackendError, ops, use_backend
+from deit_fast import BackendError, backend, ops, use_backend
 
 
 def ones(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -70,6 +70,17 @@ def test_use_backend_refuses_unknown_names() -> None:
         pass
     with pytest.raises(ValueError, match="there is no op 'attn'"), use_backend(attn="reference"):
         pass
+
+
+def test_environment_names_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DEIT_FAST_BACKEND="triton,attention=reference"; a misspelt name raises at the call, not at import."""
+    parsed = backend._parse_environment("triton, attention=reference")
+    assert parsed == {"*": "triton", "attention": "reference"}
+    monkeypatch.setattr(backend, "_environment", backend._parse_environment("tritn"))
+    with pytest.raises(BackendError, match="there is no backend 'tritn'. Known: reference, cpu, triton, cuda."):
+        ops.attention(ones(2, 3, 24), 1)
+    with use_backend("reference"):
+        ops.attention(ones(2, 3, 24), 1)
 
 
 def test_autocast_casts_activations_and_keeps_fp64() -> None:

@@ -15,26 +15,30 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cases import CASES, VARIANTS, Case, Variant
 from deit_fast import backend as selection
 from deit_fast import ops, reference
-from needs import skip_or_fail
+from needs import REQUIRED, skip_or_fail
 from oracle import assert_within_budget
 
 FP32 = VARIANTS[0]
 
 
 def cells(compiled: bool = False) -> list:
-    """(case, variant, backend) for every native backend that an op has; `reference` only where it is compiled."""
-    found = []
+    """(case, variant, backend) for every native backend that an op has; `reference` only where it is compiled.
+
+    A backend that cannot run on this machine has one cell for each op, which says so by its skip.
+    """
+    found, absent = [], set()
     for case in CASES:
-        if compiled and not case.compiled:
-            continue
-        for name in selection.BACKENDS:
-            if name == "reference" and not compiled or name != "reference" and name not in selection.OPS[case.op].offers:
+        op = selection.OPS[case.op]
+        for name in ("reference", *op.offers) if compiled else op.offers:
+            variants = VARIANTS[:1] if name == "reference" else VARIANTS
+            if op.why_not_here(name) and name not in REQUIRED:
+                variants = () if (case.op, name) in absent else VARIANTS[:1]
+                absent.add((case.op, name))
+            elif compiled and not case.compiled:
                 continue
-            for variant in VARIANTS:
-                mode = "compile" if compiled else "eager"
-                cell = f"{case.op}-{name}-{variant.name}-{case.name}-{mode}"
-                if not (compiled and name == "reference" and variant is not FP32):
-                    found.append(pytest.param(case, variant, name, id=cell))
+            mode = "compile" if compiled else "eager"
+            found += [pytest.param(case, variant, name, id=f"{case.op}-{name}-{variant.name}-{case.name}-{mode}")
+                      for variant in variants]
     return found
 
 

@@ -1,6 +1,7 @@
 """Checks that run in Triton's interpreter, in the process that test_triton_interpreted.py starts.
 
-Dropout masks are made visible by inputs for which the output is the mask: equal logits and V = identity, weights of zero.
+Dropout masks are made visible by inputs for which the output is the mask: equal logits and V = identity, weights of
+zero.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import torch
 
 from deit_fast import ops
 from deit_fast.backend import OPS, BackendError
-from deit_fast.kernels.triton import common
+from deit_fast.kernels.triton import common, layernorm_mlp, linear, rowwise
 from deit_fast.kernels.triton.attention import split_keys
 from deit_fast.reference import block
 from deit_fast.reference.philox import keep_mask
@@ -18,7 +19,7 @@ SEEDS = (0, 1, -1, 0x1234567_89ABCDEF)
 
 
 def attention_masks() -> None:
-    """With q = k = 0 and V = identity, out[i, j] N (1 - p) is the mask: aligned (N = 16) and unaligned (N = 18) rows."""
+    """With q = k = 0 and V = identity, out N (1 - p) is the mask: aligned (N = 16) and unaligned (N = 18) rows."""
     for seed in map(torch.tensor, SEEDS):
         for N, H in ((16, 2), (18, 1)):
             qkv = torch.zeros(2, N, 3, H, 32)
@@ -32,19 +33,20 @@ def linear_residual_masks() -> None:
     """With a weight of 0 and a bias of 1, out is the mask; also p > 1 / 2, whose threshold does not fit in int32."""
     for seed in map(torch.tensor, SEEDS):
         for F, p in ((64, 0.1), (33, 0.1), (36, 0.7)):
-            out = ops.linear_residual(torch.zeros(2, 5, 8), torch.zeros(F, 8), torch.ones(F), torch.zeros(2, 5, F), p, seed,
-                                      backend="triton")
+            out = ops.linear_residual(torch.zeros(2, 5, 8), torch.zeros(F, 8), torch.ones(F), torch.zeros(2, 5, F), p,
+                                      seed, backend="triton")
             assert torch.equal(out != 0, keep_mask((2, 5, F), p, seed, block.SITE_LINEAR_RESIDUAL)), (F, p, seed)
 
 
 def mlp_masks() -> None:
-    """With fc1 = 0, b1 = 9 and fc2 = identity, out - x is hidden mask times output mask; fused (C = 32) and wide (C = 68)."""
+    """With fc1 = 0, b1 = 9 and fc2 = identity, out is both masks' product; fused (C = 32) and wide (C = 68)."""
     for seed in map(torch.tensor, SEEDS[-2:]):
         for C in (32, 68):
             x = torch.zeros(2, 5, C)
-            out = ops.layernorm_mlp(x, torch.ones(C), torch.zeros(C), torch.zeros(C, C), torch.full((C,), 9.0), torch.eye(C), None,
-                                    dropout_p=0.4, seed=seed, backend="triton")
-            hidden, output = (keep_mask(x.shape, 0.4, seed, site) for site in (block.SITE_MLP_HIDDEN, block.SITE_MLP_OUTPUT))
+            out = ops.layernorm_mlp(x, torch.ones(C), torch.zeros(C), torch.zeros(C, C), torch.full((C,), 9.0),
+                                    torch.eye(C), None, dropout_p=0.4, seed=seed, backend="triton")
+            hidden = keep_mask(x.shape, 0.4, seed, block.SITE_MLP_HIDDEN)
+            output = keep_mask(x.shape, 0.4, seed, block.SITE_MLP_OUTPUT)
             assert torch.equal(out != 0, hidden & output), (C, seed)
 
 
@@ -53,7 +55,8 @@ def gradients_repeat() -> None:
     torch.manual_seed(0)
     x, w, b = torch.randn(3, 50, 24), torch.randn(40, 24), torch.randn(40)
     leaves = [t.requires_grad_() for t in (x, torch.ones(24), torch.zeros(24), w, b)]
-    runs = [torch.autograd.grad(ops.layernorm_linear(*leaves, backend="triton").square().sum(), leaves) for _ in range(2)]
+    runs = [torch.autograd.grad(ops.layernorm_linear(*leaves, backend="triton").square().sum(),
+                                leaves) for _ in range(2)]
     assert all(torch.equal(first, second) for first, second in zip(*runs))
 
 
@@ -73,8 +76,23 @@ def frozen_parameters() -> None:
             assert t.grad is None or torch.equal(t.grad, full[name].grad), (trained, name)
 
 
+def many_tiles_per_program() -> None:
+    """Gradients stay right where a program takes several row tiles, as it does past 8,000 rows."""
+    torch.manual_seed(0)
+    linear.PROGRAMS = layernorm_mlp.PROGRAMS = rowwise.GRADIENT_PROGRAMS = 2
+    for C in (16, 260):
+        shapes = {"x": (200, C), "ln_weight": (C,), "ln_bias": (C,), "fc1_weight": (24, C), "fc1_bias": (24,),
+                  "fc2_weight": (C, 24), "fc2_bias": (C,)}
+        leaves = [torch.randn(shape, requires_grad=True) for shape in shapes.values()]
+        for op, count in (("layernorm_mlp", 7), ("layernorm_linear", 5)):
+            outs = [getattr(ops, op)(*leaves[:count], backend=backend) for backend in ("triton", "reference")]
+            ours, theirs = (torch.autograd.grad(out.square().sum(), leaves[:count]) for out in outs)
+            for name, mine, plain in zip(shapes, ours, theirs):
+                assert torch.allclose(mine, plain, rtol=1e-3, atol=1e-4 * plain.abs().max().item()), (op, C, name)
+
+
 def refusals() -> None:
-    """why_not speaks for dtypes, dropout without a seed, and a kernel that did not compile; the automatic order steps down."""
+    """why_not speaks for dtypes, dropout without a seed, a kernel that did not compile; `select` steps down."""
     qkv = torch.randn(1, 4, 24)
     op = OPS["attention"]
     assert op.why_not("triton", qkv, 2, None, 0.0, None) is None
@@ -102,6 +120,7 @@ def key_splits() -> None:
 
 
 if __name__ == "__main__":
-    for check in (attention_masks, linear_residual_masks, mlp_masks, gradients_repeat, frozen_parameters, refusals, key_splits):
+    for check in (attention_masks, linear_residual_masks, mlp_masks, gradients_repeat, frozen_parameters,
+                  many_tiles_per_program, refusals, key_splits):
         check()
         print(f"{check.__name__}: ok")

@@ -1,7 +1,9 @@
-// gemm.h's product of bf16 operands on AMX tile registers: 16 x 16 fp32 sums from 16 x 32 bf16 by 32 x 16 in one instruction, ten
-// times the multiply rate of AVX-512 on the same core. Packed panels are already in the layout that the second tile wants.
+// gemm.h's product of bf16 operands on AMX tile registers: 16 x 16 fp32 sums from 16 x 32 bf16 by 32 x 16 in one
+// instruction, ten times the multiply rate of AVX-512 on the same core. Packed panels are already in the layout that
+// the second tile wants.
 //
-// K is a multiple of 16 words; a is row-contiguous (step 1); up to 15 rows of a and c behind the last are read and written.
+// K is a multiple of 16 words; a is row-contiguous (step 1); up to 15 rows of a and c behind the last are read and
+// written.
 #pragma once
 
 #include "gemm.h"

@@ -17,7 +17,7 @@ struct Attention {
 };
 
 long attention_workspace(const Attention& call, bool backward);
-void attention_forward(const Attention& call, void* out);                             // out (B, N, H, D)
-void attention_backward(const Attention& call, const void* grad, void* dqkv);         // grad (B, N, H, D), dqkv like qkv
+void attention_forward(const Attention& call, void* out);                      // out (B, N, H, D)
+void attention_backward(const Attention& call, const void* grad, void* dqkv);  // grad (B, N, H, D), dqkv like qkv
 
 }  // namespace deit

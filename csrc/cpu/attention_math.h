@@ -8,9 +8,9 @@
 
 namespace deit {
 
-// 2^x for x up to about 0 (a softmax weight), within 2.4 ulp; exactly 1 at 0; 0 or about 1e-38 far below. x = n + f with f in [0, 1); 2^f
-// is a minimax polynomial of degree 5 with relative error 8e-8. 8 instructions on AVX-512, whose scalef takes the floor
-// and underflows by itself. A NaN stays one.
+// 2^x for x up to about 0 (a softmax weight), within 2.4 ulp; exactly 1 at 0; 0 or about 1e-38 far below. x = n + f
+// with f in [0, 1); 2^f is a minimax polynomial of degree 5 with relative error 8e-8. 8 instructions on AVX-512, whose
+// scalef takes the floor and underflows by itself. A NaN stays one.
 inline Vec exp2(Vec x) {
 #if defined(__AVX512F__)
     const Vec f = (Vec)_mm512_reduce_ps((__m512)x, 1);  // x - floor(x)
@@ -32,7 +32,8 @@ inline Vec exp2(Vec x) {
 #endif
 }
 
-// log2(x) for normal x > 0: x = m 2^e with m in [0.7, 1.4), and the series of 2 atanh(s), s = (m - 1) / (m + 1), |s| < 0.18.
+// log2(x) for normal x > 0: x = m 2^e with m in [0.7, 1.4), and the series of 2 atanh(s), s = (m - 1) / (m + 1), |s| <
+// 0.18.
 inline Vec log2(Vec x) {
     const IVec e = (as_int(x) - 0x3f3504f3) >> 23;  // the constant is sqrt(1/2)
     const Vec m = as_float(as_int(x) - (e << 23));
@@ -44,8 +45,9 @@ inline Vec log2(Vec x) {
     return fma(p, s, __builtin_convertvector(e, Vec));
 }
 
-// ---- Transpositions. Elements of C vectors, read as one sequence, are numbered (row, column) for C columns; taking the even ones
-// before the odd ones moves the number's lowest bit to the top, so log2(C) such steps make it (column, row).
+// ---- Transpositions. Elements of C vectors, read as one sequence, are numbered (row, column) for C columns; taking
+// the even ones before the odd ones moves the number's lowest bit to the top, so log2(C) such steps make it (column,
+// row).
 
 // The even (or, from 1, the odd) elements of a and b.
 template <int FROM> inline Vec every_other(Vec a, Vec b) {
@@ -136,7 +138,8 @@ struct Mask {
 #endif
     }
 
-    // Multiplies a tile (N, vecs * LANES), rows `pitch` apart, by scale or 0. A lane's row of the mask is read 32 bits at a time.
+    // Multiplies a tile (N, vecs * LANES), rows `pitch` apart, by scale or 0. A lane's row of the mask is read 32 bits
+    // at a time.
     void apply(float* tile, long pitch, long N, long vecs, float scale) const {
         for (long v = 0; v < vecs; ++v)
             for (long j0 = 0; j0 < N; j0 += 32) {
@@ -154,6 +157,20 @@ struct Mask {
                     store(p, (keep & (1u << (j - j0))) != 0 ? load(p) * scale : Vec{});
                 }
             }
+    }
+
+    // The same for one row of the mask and its keys in the lanes.
+    void apply_row(float* row, long i, long N, float scale) const {
+        uint32_t bit[LANES];
+        for (int lane = 0; lane < LANES; ++lane) bit[lane] = 1u << lane;
+        UVec lanes;
+        std::memcpy(&lanes, bit, sizeof lanes);
+        for (long j = 0; j < N; j += LANES) {
+            const long at = skip + i * N + j;
+            uint32_t word;
+            std::memcpy(&word, bits + at / 8, 4);
+            store(row + j, (lanes & (word >> (at % 8))) != 0 ? load(row + j) * scale : Vec{});
+        }
     }
 };
 

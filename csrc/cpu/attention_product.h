@@ -1,9 +1,10 @@
 // Small matrix products in registers, for matrices that fit in cache: C (rows x vecs) = or += A B.
 //
-// B and C are rows of vectors; A's elements are broadcast one at a time, so A may lie in any order (`a_row`, `a_k` are its
-// strides): a tile of softmax weights serves as itself and as its transpose. A block of R x COLUMNS vectors of C stays in registers for the
-// whole depth; at 6 x 4 that is 24 of AVX-512's 32, and 10 loads feed 24 multiply-adds, of which the processor does two a
-// cycle, as it does loads. `=` or `+=` happens at the end, so a long depth taken in parts is also summed in parts.
+// B and C are rows of vectors; A's elements are broadcast one at a time, so A may lie in any order (`a_row`, `a_k` are
+// its strides): a tile of softmax weights serves as itself and as its transpose. A block of R x COLUMNS vectors of C
+// stays in registers for the whole depth; at 6 x 4 that is 24 of AVX-512's 32, and 10 loads feed 24 multiply-adds, of
+// which the processor does two a cycle, as it does loads. `=` or `+=` happens at the end, so a long depth taken in
+// parts is also summed in parts.
 #pragma once
 
 #include "simd.h"

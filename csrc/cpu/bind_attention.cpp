@@ -11,8 +11,8 @@ void bind_attention(py::module_& m) {
     using Pointer = uintptr_t;
     using NoGil = py::call_guard<py::gil_scoped_release>;
     py::class_<Attention>(m, "Attention", py::module_local())
-        .def(py::init([](bool is_bf16, long B, long N, long H, long D, double scale, double dropout_p, int64_t seed, Pointer qkv,
-                         Pointer lse, int threads) {
+        .def(py::init([](bool is_bf16, long B, long N, long H, long D, double scale, double dropout_p, int64_t seed,
+                         Pointer qkv, Pointer lse, int threads) {
             return Attention{is_bf16, B, N, H, D, scale, dropout_p, seed, reinterpret_cast<const void*>(qkv),
                              reinterpret_cast<float*>(lse), threads, nullptr};
         }))

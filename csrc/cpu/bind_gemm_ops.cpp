@@ -1,5 +1,6 @@
-// Python's view of the GEMM ops: an object per call, which names the bytes of workspace that it needs and then runs in it.
-// The classes are module-local: two instruction sets are imported side by side. Pointers are integers; a parameter is (pointer, is it bf16); 0 is a null pointer.
+// Python's view of the GEMM ops: an object per call, which names the bytes of workspace that it needs and then runs in
+// it. The classes are module-local: two instruction sets are imported side by side. Pointers are integers; a parameter
+// is (pointer, is it bf16); 0 is a null pointer.
 #include <pybind11/pybind11.h>
 
 #include "ops.h"
@@ -27,6 +28,7 @@ template <class Call> Call in(Call call, Pointer workspace) {
 
 void bind_gemm_ops(py::module_& m) {
     using NoGil = py::call_guard<py::gil_scoped_release>;
+    m.def("multiply_rate", &multiply_rate, NoGil());
     py::class_<LayerNormLinear>(m, "LayerNormLinear", py::module_local())
         .def(py::init([](bool is_bf16, long M, long C, long F, double eps, Pointer x, Pointer mean, Pointer rstd,
                          ParamArg ln_weight, ParamArg ln_bias, ParamArg weight, ParamArg bias, int threads) {
@@ -37,13 +39,15 @@ void bind_gemm_ops(py::module_& m) {
         .def("forward", [](const LayerNormLinear& call, Pointer workspace, Pointer out) {
             layernorm_linear_forward(in(call, workspace), at(out));
         }, NoGil())
-        .def("backward", [](const LayerNormLinear& call, Pointer workspace, Pointer grad, Pointer dx, ParamArg dln_weight,
+        .def("backward", [](const LayerNormLinear& call, Pointer workspace, Pointer grad, Pointer dx,
+                            ParamArg dln_weight,
                             ParamArg dln_bias, ParamArg dweight, ParamArg dbias) {
             layernorm_linear_backward(in(call, workspace), at(grad), at(dx), param(dln_weight), param(dln_bias),
                                       param(dweight), param(dbias));
         }, NoGil());
     py::class_<LinearResidual>(m, "LinearResidual", py::module_local())
-        .def(py::init([](bool is_bf16, long M, long C, long F, Pointer x, ParamArg weight, ParamArg bias, double p, int64_t seed,
+        .def(py::init([](bool is_bf16, long M, long C, long F, Pointer x, ParamArg weight, ParamArg bias, double p,
+                         int64_t seed,
                          Pointer row_scale, long rows_per_sample, int threads) {
             return LinearResidual{is_bf16, M, C, F, at(x), param(weight), param(bias),
                                   residual(p, seed, row_scale, rows_per_sample), nullptr, threads};
@@ -58,8 +62,10 @@ void bind_gemm_ops(py::module_& m) {
         }, NoGil());
     py::class_<LayerNormMlp>(m, "LayerNormMlp", py::module_local())
         .def(py::init([](bool is_bf16, long M, long C, long F, double eps, Pointer x, Pointer mean, Pointer rstd,
-                         ParamArg ln_weight, ParamArg ln_bias, ParamArg fc1_weight, ParamArg fc1_bias, ParamArg fc2_weight,
-                         ParamArg fc2_bias, double p, int64_t seed, Pointer row_scale, long rows_per_sample, int threads) {
+                         ParamArg ln_weight, ParamArg ln_bias, ParamArg fc1_weight, ParamArg fc1_bias,
+                             ParamArg fc2_weight,
+                         ParamArg fc2_bias, double p, int64_t seed, Pointer row_scale, long rows_per_sample,
+                             int threads) {
             return LayerNormMlp{is_bf16, M, C, F, eps, at(x), at(mean), at(rstd), param(ln_weight), param(ln_bias),
                                 param(fc1_weight), param(fc1_bias), param(fc2_weight), param(fc2_bias),
                                 residual(p, seed, row_scale, rows_per_sample), nullptr, threads};
@@ -69,8 +75,10 @@ void bind_gemm_ops(py::module_& m) {
             layernorm_mlp_forward(in(call, workspace), at(out));
         }, NoGil())
         .def("backward", [](const LayerNormMlp& call, Pointer workspace, Pointer grad, Pointer dx, ParamArg dln_weight,
-                            ParamArg dln_bias, ParamArg dfc1_weight, ParamArg dfc1_bias, ParamArg dfc2_weight, ParamArg dfc2_bias) {
-            layernorm_mlp_backward(in(call, workspace), at(grad), at(dx), param(dln_weight), param(dln_bias), param(dfc1_weight),
+                            ParamArg dln_bias, ParamArg dfc1_weight, ParamArg dfc1_bias, ParamArg dfc2_weight,
+                                ParamArg dfc2_bias) {
+            layernorm_mlp_backward(in(call, workspace), at(grad), at(dx), param(dln_weight), param(dln_bias),
+                                   param(dfc1_weight),
                                    param(dfc1_bias), param(dfc2_weight), param(dfc2_bias));
         }, NoGil());
 }

@@ -1,14 +1,16 @@
 // Products of small matrices in cache: one register tile, weight panels, and tiles of token rows.
 //
-// Everything is a matrix of 32-bit words. A word is one fp32 number or, where the processor multiplies bf16, two bf16 numbers
-// that follow each other along the contracted dimension K; `Operand<T>` says which for activations of type T. Elsewhere
-// bf16 is widened on its way into a tile (on Intel's AVX-512 a bf16 pair product runs at the rate of two fp32 ones anyway).
+// Everything is a matrix of 32-bit words. A word is one fp32 number or, where the processor multiplies bf16, two bf16
+// numbers that follow each other along the contracted dimension K; `Operand<T>` says which for activations of type T.
+// Elsewhere bf16 is widened on its way into a tile (on Intel's AVX-512 a bf16 pair product runs at the rate of two fp32
+// ones anyway).
 //
 //   a  (M, K)  words broadcast from anywhere: a[m * row + k * step]
 //   b  (K, N)  panels of NR columns, zero-padded: a packed weight, or a tile of tokens that lies there already
 //   c  (M, N)  fp32, set or added to
 //
-// The register tile is MR x NR = 6 x 64 on AVX-512: 24 accumulators, 4 of b, 1 of a. All widths are padded to NR with zeros.
+// The register tile is MR x NR = 6 x 64 on AVX-512: 24 accumulators, 4 of b, 1 of a. All widths are padded to NR with
+// zeros.
 #pragma once
 
 #include <algorithm>
@@ -20,7 +22,8 @@ namespace deit {
 constexpr int NV = LANES == 16 ? 4 : 2;       // vectors in a row of the register tile
 constexpr int NR = NV * LANES;                // 64, 16, 8
 constexpr int MR = 6;
-constexpr long KC = 128;                      // words of K at a time: a panel's part is 32 KB on AVX-512 and stays in L1
+// words of K at a time: a panel's part is 32 KB on AVX-512 and stays in L1
+constexpr long KC = 128;
 
 template <class T> struct OperandOf { using type = float; };
 #if defined(__AVX512BF16__)
@@ -48,8 +51,8 @@ struct Panels {  // b: panel j's row k begins at p + j * panel + k * step
     long panel, step;
 };
 
-// c (ROWS, NR) = or += a (ROWS, K) b (K, NR), in registers. The sum starts from zero and joins c at the end: a long K in parts of
-// KC is then rounded like a sum of KC terms.
+// c (ROWS, NR) = or += a (ROWS, K) b (K, NR), in registers. The sum starts from zero and joins c at the end: a long K
+// in parts of KC is then rounded like a sum of KC terms.
 template <class E, int ROWS>
 inline void register_tile(Words a, const float* b, long b_step, long K, float* c, long c_row, bool add) {
     Vec acc[ROWS][NV];
@@ -70,7 +73,8 @@ inline void register_tile(Words a, const float* b, long b_step, long K, float* c
         }
 }
 
-// c (M, panels * NR) = or += a (M, K) b (K, panels * NR); K in words. An element's sum runs over k in order, whatever M.
+// c (M, panels * NR) = or += a (M, K) b (K, panels * NR); K in words. An element's sum runs over k in order, whatever
+// M.
 template <class E>
 inline void multiply(long M, long panels, long K, Words a, Panels b, float* c, long c_row, bool add) {
     for (long j = 0; j < panels; ++j)

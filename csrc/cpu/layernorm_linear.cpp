@@ -1,6 +1,8 @@
-// LN(x) W^T + b and its gradients. A tile of token rows is normalised into operands once and meets all panels of W in cache.
+// LN(x) W^T + b and its gradients. A tile of token rows is normalised into operands once and meets all panels of W in
+// cache.
 //
-// Backward, for each tile: d = grad; dW^T += LN(x)^T d and db += sum d (per chunk of rows); dLN = d W; then LayerNorm's gradient.
+// Backward, for each tile: d = grad; dW^T += LN(x)^T d and db += sum d (per chunk of rows); dLN = d W; then
+// LayerNorm's gradient.
 #include <omp.h>
 
 #include "ops.h"
@@ -8,7 +10,7 @@
 namespace deit {
 namespace {
 
-constexpr long TILE = 96;  // rows: W's panels are read from L2 once a tile; dW's tiles of 6 x 64 load and store once in 96 steps
+constexpr long TILE = 96;  // rows of a forward tile: W's panels are read from L2 once for each
 
 struct Shared {  // parameters, converted and packed
     float *ln_weight, *ln_bias, *bias, *weight;
@@ -31,15 +33,16 @@ template <class E> struct ForwardScratch {
 
 template <class E> struct BackwardScratch {
     Tile<E> normal, grad;
-    float *normal_tokens, *grad_tokens, *dnormal;  // dnormal (TILE, C)
-    BackwardScratch(Arena& arena, long C, long F)
-        : normal(arena.tile<E>(TILE, C)), grad(arena.tile<E>(TILE, F)), normal_tokens(arena.take(token_room(TILE, C))),
-          grad_tokens(arena.take(token_room(TILE, F))), dnormal(arena.take(TILE * padded(C))) {}
+    float *normal_tokens, *grad_tokens, *dnormal;  // dnormal (R, C)
+    BackwardScratch(Arena& arena, long C, long F, long R)
+        : normal(arena.tile<E>(R, C)), grad(arena.tile<E>(R, F)), normal_tokens(arena.take(token_room(R, C))),
+          grad_tokens(arena.take(token_room(R, F))), dnormal(arena.take(R * padded(C))) {}
 };
 
 struct Partial {  // one chunk's sums
     long C, F;
-    long dln_weight = 0, dln_bias = padded(C), dbias = 2 * padded(C), dweight = dbias + padded(F);  // offsets; dweight (C, F)
+    // dweight (C, F)
+    long dln_weight = 0, dln_bias = padded(C), dbias = 2 * padded(C), sums = dbias + padded(F), dweight = sums;
     long words = dweight + padded(C) * padded(F);
 };
 
@@ -67,7 +70,8 @@ template <class T> void forward(const LayerNormLinear& a, T* out) {
             if (means) std::copy(mean, mean + rows, means + row), std::copy(rstd, rstd + rows, rstds + row);
             normalise(ln, x + row * C, rows, mean, rstd, s.normal);
             for (long j = 0; j < padded(F) / NR; ++j) {
-                multiply<E>(rows, 1, padded(C) / PER_WORD<E>, s.normal.rows(), {weight.p + j * weight.panel, 0, NR}, s.y, NR, false);
+                multiply<E>(rows, 1, padded(C) / PER_WORD<E>, s.normal.rows(), {weight.p + j * weight.panel, 0, NR},
+                            s.y, NR, false);
                 for (long r = 0; r < rows; ++r)
                     for (int v = 0; v < NV; ++v)
                         store_in(out + (row + r) * F, j * NR + v * LANES, F,
@@ -78,7 +82,8 @@ template <class T> void forward(const LayerNormLinear& a, T* out) {
 }
 
 template <class T>
-void backward(const LayerNormLinear& a, const T* grad, T* dx, Param dln_weight, Param dln_bias, Param dweight, Param dbias) {
+void backward(const LayerNormLinear& a, const T* grad, T* dx, Param dln_weight, Param dln_bias, Param dweight,
+              Param dbias) {
     using E = Operand<T>;
     const long C = a.C, F = a.F;
     const T* x = static_cast<const T*>(a.x);
@@ -90,27 +95,32 @@ void backward(const LayerNormLinear& a, const T* grad, T* dx, Param dln_weight, 
     const LayerNorm ln = shared.load(a);
     const Panels weight = packed<E>(shared.weight, F);
     float* partials = arena.take(chunks.count * at.words);
+    const long tile = backward_tile(C);
 #pragma omp parallel num_threads(a.threads)
     {
         const TileRegisters<E> registers;
-        const auto s = scratch<BackwardScratch<E>>(arena, omp_get_thread_num(), C, F);
+        const auto s = scratch<BackwardScratch<E>>(arena, omp_get_thread_num(), C, F, tile);
 #pragma omp for
         for (long j = 0; j < padded(C) / NR; ++j) pack_direct<E>(a.weight, F, C, j, shared.weight);
 #pragma omp for schedule(dynamic)
         for (long chunk = 0; chunk < chunks.count; ++chunk) {
             float* partial = partials + chunk * at.words;
-            std::fill(partial, partial + at.words, 0.0f);
-            for (long row = chunks.begin(chunk), end = chunks.begin(chunk + 1); row < end; row += TILE) {
-                const long rows = std::min(TILE, end - row);
-                copy_tile(grad + row * F, rows, F, s.grad);
-                add_column_sums(s.grad, rows, F, partial + at.dbias);
+            const long begin = chunks.begin(chunk), end = chunks.begin(chunk + 1);
+            // the first tile sets the weights' part
+            std::fill(partial, partial + (begin < end ? at.sums : at.words), 0.0f);
+            for (long row = begin; row < end; row += tile) {
+                const long rows = std::min(tile, end - row);
+                const Tile<E> d = tile_of(grad + row * F, rows, F, s.grad);
+                add_column_sums(d, rows, F, partial + at.dbias);
                 if (dweight.p) {
                     normalise(ln, x + row * C, rows, means + row, rstds + row, s.normal);
-                    zero_rest(s.normal, rows, C), zero_rest(s.grad, rows, F);
-                    multiply<E>(C, padded(F) / NR, token_words<E>(rows), token_columns(s.normal, rows, C, s.normal_tokens),
-                                token_panels(s.grad, rows, F, s.grad_tokens), partial + at.dweight, padded(F), true);
+                    zero_rest(s.normal, rows, C), zero_rest(d, rows, F);
+                    multiply<E>(C, padded(F) / NR, token_words<E>(rows), token_columns(s.normal, rows, C,
+                        s.normal_tokens),
+                                token_panels(d, rows, F, s.grad_tokens), partial + at.dweight, padded(F), row > begin);
                 }
-                multiply<E>(rows, padded(C) / NR, padded(F) / PER_WORD<E>, s.grad.rows(), weight, s.dnormal, padded(C), false);
+                multiply<E>(rows, padded(C) / NR, padded(F) / PER_WORD<E>, d.rows(), weight, s.dnormal, padded(C),
+                            false);
                 layernorm_gradient<T>(ln, x + row * C, rows, means + row, rstds + row, s.dnormal, padded(C), nullptr,
                                       dx + row * C, partial + at.dln_weight, partial + at.dln_bias);
             }
@@ -135,7 +145,7 @@ template <class E> long workspace(const LayerNormLinear& a, bool backward) {
         arena.take(Chunks(a.M, at.words).count * at.words);
     }
     for (int t = 0; t < a.threads; ++t) {
-        if (backward) BackwardScratch<E>(arena, a.C, a.F);
+        if (backward) BackwardScratch<E>(arena, a.C, a.F, backward_tile(a.C));
         else ForwardScratch<E>(arena, a.C);
     }
     return arena.used();

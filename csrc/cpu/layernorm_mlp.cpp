@@ -1,10 +1,11 @@
-// x + row_scale dropout(W2 dropout(gelu(W1 LN(x) + b1)) + b2) and its gradients, with the hidden activations only in cache.
+// x + row_scale dropout(W2 dropout(gelu(W1 LN(x) + b1)) + b2) and its gradients, with the hidden activations only in
+// cache.
 //
-// A tile of token rows goes through LayerNorm, then for each block of hidden features through W1, GELU, dropout and that block's
-// part of W2. Backward walks the same way, computing the hidden activations again (one product of the six) instead of keeping
-// them (4 F bytes a token written and read): for each block
+// A tile of token rows goes through LayerNorm, then for each block of hidden features through W1, GELU, dropout and
+// that block's part of W2. Backward walks the same way, computing the hidden activations again (one product of the six)
+// instead of keeping them (4 F bytes a token written and read): for each block
 //
-//   u = W1 LN(x) + b1         h = mask gelu(u)              dW2 += d^T h        (d: the gradient that enters the branch)
+//   u = W1 LN(x) + b1         h = mask gelu(u)              dW2 += d^T h        (d: gradient entering the branch)
 //   dh = d W2                 du = mask dh gelu'(u)         dW1^T += LN(x)^T du  db1 += sum du      dLN += du W1
 #include <omp.h>
 
@@ -13,7 +14,7 @@
 namespace deit {
 namespace {
 
-constexpr long FORWARD_TILE = 48, BACKWARD_TILE = 96;  // rows
+constexpr long FORWARD_TILE = 48;  // rows
 constexpr long BLOCK = 256;                            // hidden features at a time
 constexpr uint32_t SITE_HIDDEN = 2, SITE_OUTPUT = 3;
 
@@ -22,7 +23,8 @@ long block_width(long F) { return std::min(BLOCK / NR * NR, padded(F)); }
 struct Shared {  // parameters, converted and packed; w1_direct and w2_direct for backward
     float *ln_weight, *ln_bias, *b1, *b2, *w1, *w2, *w1_direct;
     Shared(Arena& arena, long C, long F, long w1_words, long w2_words, long w1_direct_words)
-        : ln_weight(arena.take(padded(C))), ln_bias(arena.take(padded(C))), b1(arena.take(padded(F))), b2(arena.take(padded(C))),
+        : ln_weight(arena.take(padded(C))), ln_bias(arena.take(padded(C))), b1(arena.take(padded(F))),
+            b2(arena.take(padded(C))),
           w1(arena.take(w1_words)), w2(arena.take(w2_words)), w1_direct(arena.take(w1_direct_words)) {}
     template <class E> static Shared forward(Arena& arena, long C, long F) {
         return Shared(arena, C, F, packed_words<E>(C, F), packed_words<E>(F, C), 0);
@@ -50,27 +52,32 @@ template <class E> struct ForwardScratch {
 
 template <class E> struct BackwardScratch {
     Tile<E> normal, grad, h, du;
-    float *normal_tokens, *grad_tokens, *h_tokens, *du_tokens, *u, *dh, *dnormal, *room;  // u, dh (TILE, NR), dnormal (TILE, C)
-    BackwardScratch(Arena& arena, long C, long F)
-        : normal(arena.tile<E>(BACKWARD_TILE, C)), grad(arena.tile<E>(BACKWARD_TILE, C)),
-          h(arena.tile<E>(BACKWARD_TILE, block_width(F))), du(arena.tile<E>(BACKWARD_TILE, block_width(F))),
-          normal_tokens(tokens(arena, C)), grad_tokens(tokens(arena, C)), h_tokens(tokens(arena, block_width(F))),
-          du_tokens(tokens(arena, block_width(F))), u(arena.take(BACKWARD_TILE * NR)), dh(arena.take(BACKWARD_TILE * NR)),
-          dnormal(arena.take(BACKWARD_TILE * padded(C))), room(arena.take(Branch::room(std::max<long>(C, NR)))) {}
-    static float* tokens(Arena& arena, long width) { return arena.take(token_room(BACKWARD_TILE, width)); }
+    // u, dh (R, NR), dnormal (R, C)
+    float *normal_tokens, *grad_tokens, *h_tokens, *du_tokens, *u, *dh, *dnormal, *room;
+    BackwardScratch(Arena& arena, long C, long F, long R)
+        : normal(arena.tile<E>(R, C)), grad(arena.tile<E>(R, C)),
+          h(arena.tile<E>(R, block_width(F))), du(arena.tile<E>(R, block_width(F))),
+          normal_tokens(tokens(arena, R, C)), grad_tokens(tokens(arena, R, C)), h_tokens(tokens(arena, R,
+              block_width(F))),
+          du_tokens(tokens(arena, R, block_width(F))), u(arena.take(R * NR)), dh(arena.take(R * NR)),
+          dnormal(arena.take(R * padded(C))), room(arena.take(Branch::room(std::max<long>(C, NR)))) {}
+    static float* tokens(Arena& arena, long rows, long width) { return arena.take(token_room(rows, width)); }
 };
 
 struct Partial {  // one chunk's sums: dfc1 is (C, F), transposed; dfc2 (C, F)
     long C, F;
-    long dln_weight = 0, dln_bias = padded(C), db1 = 2 * padded(C), db2 = db1 + padded(F), dfc1 = db2 + padded(C);
+    long dln_weight = 0, dln_bias = padded(C), db1 = 2 * padded(C), db2 = db1 + padded(F);
+    long sums = db2 + padded(C), dfc1 = sums;
     long dfc2 = dfc1 + padded(C) * padded(F), words = dfc2 + padded(C) * padded(F);
 };
 
 // h = mask gelu(u + b1) for the NR features from `col` of the rows row .. row + rows - 1.
 template <class E>
-void activate(const Branch& hidden, long row, long rows, long col, const float* u, const float* b1, Tile<E> h, long at, float* room) {
+void activate(const Branch& hidden, long row, long rows, long col, const float* u, const float* b1, Tile<E> h,
+              long at, float* room) {
     for (long r = 0; r < rows; ++r) {
-        const float* keep = hidden.drop.on ? dropout_row(hidden.drop, SITE_HIDDEN, uint64_t(row + r) * hidden.width + col, NR, room) : nullptr;
+        const float* keep = hidden.drop.on ? dropout_row(hidden.drop, SITE_HIDDEN,
+                                                         uint64_t(row + r) * hidden.width + col, NR, room) : nullptr;
         for (int c = 0; c < NR; c += LANES) {
             Vec v = gelu(load(u + r * NR + c) + load(b1 + col + c));
             if (keep) v *= load(keep + c);
@@ -81,10 +88,12 @@ void activate(const Branch& hidden, long row, long rows, long col, const float* 
 
 // The same with the gradient: du = mask dh gelu'(u + b1).
 template <class E>
-void activate_backward(const Branch& hidden, long row, long rows, long col, const float* u, const float* b1, const float* dh,
+void activate_backward(const Branch& hidden, long row, long rows, long col, const float* u, const float* b1,
+                       const float* dh,
                        Tile<E> h, Tile<E> du, long at, float* room) {
     for (long r = 0; r < rows; ++r) {
-        const float* keep = hidden.drop.on ? dropout_row(hidden.drop, SITE_HIDDEN, uint64_t(row + r) * hidden.width + col, NR, room) : nullptr;
+        const float* keep = hidden.drop.on ? dropout_row(hidden.drop, SITE_HIDDEN,
+                                                         uint64_t(row + r) * hidden.width + col, NR, room) : nullptr;
         for (int c = 0; c < NR; c += LANES) {
             Vec slope, v = gelu(load(u + r * NR + c) + load(b1 + col + c), slope);
             slope *= load(dh + r * NR + c);
@@ -124,7 +133,8 @@ template <class T> void forward(const LayerNormMlp& a, T* out) {
             for (long block = 0; block < padded(F); block += width) {
                 const long cols = std::min(width, padded(F) - block);
                 for (long c = 0; c < cols; c += NR) {
-                    multiply<E>(rows, 1, padded(C) / PER_WORD<E>, s.normal.rows(), {w1.p + (block + c) / NR * w1.panel, 0, NR}, s.u, NR, false);
+                    multiply<E>(rows, 1, padded(C) / PER_WORD<E>, s.normal.rows(),
+                                {w1.p + (block + c) / NR * w1.panel, 0, NR}, s.u, NR, false);
                     activate(hidden, row, rows, block + c, s.u, shared.b1, s.h, c, s.room);
                 }
                 multiply<E>(rows, padded(C) / NR, cols / PER_WORD<E>, s.h.rows(),
@@ -153,10 +163,11 @@ template <class T> void backward(const LayerNormMlp& a, const T* grad, T* dx, co
     const LayerNorm ln = shared.load(a);
     const Panels w1 = packed<E>(shared.w1, C), w2 = packed<E>(shared.w2, C), w1_direct = packed<E>(shared.w1_direct, F);
     float* partials = arena.take(chunks.count * at.words);
+    const long tile = backward_tile(C);
 #pragma omp parallel num_threads(a.threads)
     {
         const TileRegisters<E> registers;
-        const auto s = scratch<BackwardScratch<E>>(arena, omp_get_thread_num(), C, F);
+        const auto s = scratch<BackwardScratch<E>>(arena, omp_get_thread_num(), C, F, tile);
 #pragma omp for nowait
         for (long j = 0; j < padded(F) / NR; ++j) {
             pack_transposed<E>(a.fc1_weight, C, F, j, shared.w1);
@@ -167,39 +178,47 @@ template <class T> void backward(const LayerNormMlp& a, const T* grad, T* dx, co
 #pragma omp for schedule(dynamic)
         for (long chunk = 0; chunk < chunks.count; ++chunk) {
             float* partial = partials + chunk * at.words;
-            std::fill(partial, partial + at.words, 0.0f);
-            for (long row = chunks.begin(chunk), end = chunks.begin(chunk + 1); row < end; row += BACKWARD_TILE) {
-                const long rows = std::min(BACKWARD_TILE, end - row), tokens = token_words<E>(rows);
+            const long begin = chunks.begin(chunk), end = chunks.begin(chunk + 1);
+            // the first tile sets the weights' part
+            std::fill(partial, partial + (begin < end ? at.sums : at.words), 0.0f);
+            for (long row = begin; row < end; row += tile) {
+                const long rows = std::min(tile, end - row), tokens = token_words<E>(rows);
                 normalise(ln, x + row * C, rows, means + row, rstds + row, s.normal);
                 zero_rest(s.normal, rows, C);
                 branch_gradient(output, row, rows, grad, s.grad, partial + at.db2, s.room);
-                const Words normal = token_columns(s.normal, rows, C, s.normal_tokens), d = token_columns(s.grad, rows, C, s.grad_tokens);
+                const Words normal = token_columns(s.normal, rows, C, s.normal_tokens), d = token_columns(s.grad,
+                    rows, C, s.grad_tokens);
                 for (long block = 0; block < padded(F); block += width) {
                     const long cols = std::min(width, padded(F) - block);
                     for (long c = 0; c < cols; c += NR) {
                         const long j = (block + c) / NR;
-                        multiply<E>(rows, 1, padded(C) / PER_WORD<E>, s.normal.rows(), {w1.p + j * w1.panel, 0, NR}, s.u, NR, false);
-                        multiply<E>(rows, 1, padded(C) / PER_WORD<E>, s.grad.rows(), {w2.p + j * w2.panel, 0, NR}, s.dh, NR, false);
+                        multiply<E>(rows, 1, padded(C) / PER_WORD<E>, s.normal.rows(), {w1.p + j * w1.panel, 0, NR},
+                                    s.u, NR, false);
+                        multiply<E>(rows, 1, padded(C) / PER_WORD<E>, s.grad.rows(), {w2.p + j * w2.panel, 0, NR},
+                                    s.dh, NR, false);
                         activate_backward(hidden, row, rows, block + c, s.u, shared.b1, s.dh, s.h, s.du, c, s.room);
                     }
                     add_column_sums(s.du, rows, cols, partial + at.db1 + block);
                     if (weights) {
                         zero_rest(s.h, rows, cols), zero_rest(s.du, rows, cols);
                         multiply<E>(C, cols / NR, tokens, d, token_panels(s.h, rows, cols, s.h_tokens),
-                                    partial + at.dfc2 + block, padded(F), true);
+                                    partial + at.dfc2 + block, padded(F), row > begin);
                         multiply<E>(C, cols / NR, tokens, normal, token_panels(s.du, rows, cols, s.du_tokens),
-                                    partial + at.dfc1 + block, padded(F), true);
+                                    partial + at.dfc1 + block, padded(F), row > begin);
                     }
                     multiply<E>(rows, padded(C) / NR, cols / PER_WORD<E>, s.du.rows(),
-                                {w1_direct.p + block / PER_WORD<E> * NR, w1_direct.panel, NR}, s.dnormal, padded(C), block > 0);
+                                {w1_direct.p + block / PER_WORD<E> * NR, w1_direct.panel, NR}, s.dnormal, padded(C),
+                                    block > 0);
                 }
-                layernorm_gradient<T>(ln, x + row * C, rows, means + row, rstds + row, s.dnormal, padded(C), grad + row * C,
+                layernorm_gradient<T>(ln, x + row * C, rows, means + row, rstds + row, s.dnormal, padded(C),
+                                      grad + row * C,
                                       dx + row * C, partial + at.dln_weight, partial + at.dln_bias);
             }
         }
 #pragma omp for nowait
         for (long f = 0; f < F; f += LANES)
-            if (to.fc1_weight.p) sum_transposed(partials + at.dfc1, chunks, at.words, f, padded(F), F, C, to.fc1_weight);
+            if (to.fc1_weight.p) sum_transposed(partials + at.dfc1, chunks, at.words, f, padded(F), F, C,
+                                                to.fc1_weight);
 #pragma omp for nowait
         for (long c = 0; c < C; ++c)
             if (to.fc2_weight.p) sum_row(partials + at.dfc2, chunks, at.words, c, padded(F), F, to.fc2_weight);
@@ -223,7 +242,7 @@ template <class E> long workspace(const LayerNormMlp& a, bool backward) {
         Shared::forward<E>(arena, a.C, a.F);
     }
     for (int t = 0; t < a.threads; ++t) {
-        if (backward) BackwardScratch<E>(arena, a.C, a.F);
+        if (backward) BackwardScratch<E>(arena, a.C, a.F, backward_tile(a.C));
         else ForwardScratch<E>(arena, a.C, a.F);
     }
     return arena.used();
@@ -240,7 +259,8 @@ void layernorm_mlp_forward(const LayerNormMlp& a, void* out) {
     else forward(a, static_cast<float*>(out));
 }
 
-void layernorm_mlp_backward(const LayerNormMlp& a, const void* grad, void* dx, Param dln_weight, Param dln_bias, Param dfc1_weight,
+void layernorm_mlp_backward(const LayerNormMlp& a, const void* grad, void* dx, Param dln_weight, Param dln_bias,
+                            Param dfc1_weight,
                             Param dfc1_bias, Param dfc2_weight, Param dfc2_bias) {
     const Grads to{dln_weight, dln_bias, dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias};
     if (a.is_bf16) backward(a, static_cast<const bf16*>(grad), static_cast<bf16*>(dx), to);

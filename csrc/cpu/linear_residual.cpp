@@ -1,7 +1,8 @@
-// residual + row_scale dropout(x W^T + b) and its gradients; bias, dropout, drop-path and addition are the product's epilogue.
+// residual + row_scale dropout(x W^T + b) and its gradients; bias, dropout, drop-path and addition are the product's
+// epilogue.
 //
-// Backward, for each tile: d = grad row_scale mask / (1 - p), the mask drawn again; dW += d^T x and db += sum d (per chunk of rows);
-// dx = d W. The residual's gradient is grad itself.
+// Backward, for each tile: d = grad row_scale mask / (1 - p), the mask drawn again; dW += d^T x and db += sum d (per
+// chunk of rows); dx = d W. The residual's gradient is grad itself.
 #include <omp.h>
 
 #include "ops.h"
@@ -9,7 +10,7 @@
 namespace deit {
 namespace {
 
-constexpr long TILE = 96;
+constexpr long TILE = 96;  // rows of a forward tile
 constexpr uint32_t SITE = 1;
 
 struct Shared {
@@ -26,15 +27,15 @@ template <class E> struct ForwardScratch {
 
 template <class E> struct BackwardScratch {
     Tile<E> x, grad;
-    float *x_tokens, *grad_tokens, *dx, *room;  // dx (TILE, NR)
-    BackwardScratch(Arena& arena, long C, long F)
-        : x(arena.tile<E>(TILE, C)), grad(arena.tile<E>(TILE, F)), x_tokens(arena.take(token_room(TILE, C))),
-          grad_tokens(arena.take(token_room(TILE, F))), dx(arena.take(TILE * NR)), room(arena.take(Branch::room(F))) {}
+    float *x_tokens, *grad_tokens, *dx, *room;  // dx (R, NR)
+    BackwardScratch(Arena& arena, long C, long F, long R)
+        : x(arena.tile<E>(R, C)), grad(arena.tile<E>(R, F)), x_tokens(arena.take(token_room(R, C))),
+          grad_tokens(arena.take(token_room(R, F))), dx(arena.take(R * NR)), room(arena.take(Branch::room(F))) {}
 };
 
 struct Partial {
     long C, F;
-    long dbias = 0, dweight = padded(F);  // dweight (F, C)
+    long dbias = 0, sums = padded(F), dweight = sums;  // dweight (F, C)
     long words = dweight + padded(F) * padded(C);
 };
 
@@ -57,9 +58,10 @@ template <class T> void forward(const LinearResidual& a, const T* residual, T* o
 #pragma omp for schedule(dynamic)
         for (long row = 0; row < a.M; row += tile) {
             const long rows = std::min(tile, a.M - row);
-            copy_tile(x + row * C, rows, C, s.x);
+            const Tile<E> tile_x = tile_of(x + row * C, rows, C, s.x);
             for (long j = 0; j < padded(F) / NR; ++j) {
-                multiply<E>(rows, 1, padded(C) / PER_WORD<E>, s.x.rows(), {weight.p + j * weight.panel, 0, NR}, s.y, NR, false);
+                multiply<E>(rows, 1, padded(C) / PER_WORD<E>, tile_x.rows(), {weight.p + j * weight.panel, 0, NR},
+                            s.y, NR, false);
                 add_branch(branch, row, rows, j * NR, NR, s.y, NR, shared.bias, residual, out, s.room);
             }
         }
@@ -77,27 +79,32 @@ template <class T> void backward(const LinearResidual& a, const T* grad, T* dx, 
     const Shared shared(arena, F, packed_words<E>(F, C));
     const Panels weight = packed<E>(shared.weight, F);
     float* partials = arena.take(chunks.count * at.words);
+    const long tile = backward_tile(C);
 #pragma omp parallel num_threads(a.threads)
     {
         const TileRegisters<E> registers;
-        const auto s = scratch<BackwardScratch<E>>(arena, omp_get_thread_num(), C, F);
+        const auto s = scratch<BackwardScratch<E>>(arena, omp_get_thread_num(), C, F, tile);
 #pragma omp for
         for (long j = 0; j < padded(C) / NR; ++j) pack_direct<E>(a.weight, F, C, j, shared.weight);
 #pragma omp for schedule(dynamic)
         for (long chunk = 0; chunk < chunks.count; ++chunk) {
             float* partial = partials + chunk * at.words;
-            std::fill(partial, partial + at.words, 0.0f);
-            for (long row = chunks.begin(chunk), end = chunks.begin(chunk + 1); row < end; row += TILE) {
-                const long rows = std::min(TILE, end - row);
+            const long begin = chunks.begin(chunk), end = chunks.begin(chunk + 1);
+            // the first tile sets the weights' part
+            std::fill(partial, partial + (begin < end ? at.sums : at.words), 0.0f);
+            for (long row = begin; row < end; row += tile) {
+                const long rows = std::min(tile, end - row);
                 branch_gradient(branch, row, rows, grad, s.grad, partial + at.dbias, s.room);
                 if (dweight.p) {
-                    copy_tile(x + row * C, rows, C, s.x);
-                    zero_rest(s.x, rows, C);
+                    const Tile<E> tile_x = tile_of(x + row * C, rows, C, s.x);
+                    zero_rest(tile_x, rows, C);
                     multiply<E>(F, padded(C) / NR, token_words<E>(rows), token_columns(s.grad, rows, F, s.grad_tokens),
-                                token_panels(s.x, rows, C, s.x_tokens), partial + at.dweight, padded(C), true);
+                                token_panels(tile_x, rows, C, s.x_tokens), partial + at.dweight, padded(C),
+                                    row > begin);
                 }
                 for (long j = 0; dx && j < padded(C) / NR; ++j) {
-                    multiply<E>(rows, 1, padded(F) / PER_WORD<E>, s.grad.rows(), {weight.p + j * weight.panel, 0, NR}, s.dx, NR, false);
+                    multiply<E>(rows, 1, padded(F) / PER_WORD<E>, s.grad.rows(), {weight.p + j * weight.panel, 0, NR},
+                                s.dx, NR, false);
                     for (long r = 0; r < rows; ++r)
                         for (int v = 0; v < NV; ++v)
                             store_in(dx + (row + r) * C, j * NR + v * LANES, C, load(s.dx + r * NR + v * LANES));
@@ -120,7 +127,7 @@ template <class E> long workspace(const LinearResidual& a, bool backward) {
         arena.take(Chunks(a.M, at.words).count * at.words);
     }
     for (int t = 0; t < a.threads; ++t) {
-        if (backward) BackwardScratch<E>(arena, a.C, a.F);
+        if (backward) BackwardScratch<E>(arena, a.C, a.F, backward_tile(a.C));
         else ForwardScratch<E>(arena, a.C);
     }
     return arena.used();

@@ -10,8 +10,8 @@ namespace deit {
 
 // ---- Tiles: a few dozen token rows of one width.
 
-// (rows, width) elements of type E, rows `stride` words apart. A vector's width of padding keeps rows that are a power of two
-// wide out of the same cache sets.
+// (rows, width) elements of type E, rows `stride` words apart. A vector's width of padding keeps rows that are a power
+// of two wide out of the same cache sets.
 template <class E> struct Tile {
     float* p;
     long stride;
@@ -21,8 +21,8 @@ template <class E> struct Tile {
     Words rows() const { return {p, stride, 1}; }  // as a, contracted over the width
 };
 
-// Products contracted over tokens need words that run along the tokens: word (r / 2, c) holds rows r and r + 1. For fp32 that
-// is the tile itself. Rows up to the next multiple of TOKENS must be zero.
+// Products contracted over tokens need words that run along the tokens: word (r / 2, c) holds rows r and r + 1. For
+// fp32 that is the tile itself. Rows up to the next multiple of TOKENS must be zero.
 #if defined(__AMX_BF16__)
 template <class E> constexpr int TOKENS = PER_WORD<E> == 1 ? 1 : 32;
 #else
@@ -54,7 +54,8 @@ inline Words token_columns(Tile<bf16> tile, long rows, long width, float* room) 
     const long count = token_words<bf16>(rows), stride = count + LANES;  // rows of a in order: tiles are not broadcast
     float* turned = room + padded(rows, TOKENS<bf16>) / 2 * pairs.step;
     for (long k = 0; k < count; k += LANES)
-        for (long c = 0; c < padded(width); c += LANES) transpose(room + k * pairs.step + c, pairs.step, turned + c * stride + k, stride);
+        for (long c = 0; c < padded(width); c += LANES) transpose(room + k * pairs.step + c, pairs.step,
+                                                                  turned + c * stride + k, stride);
     return {turned, stride, 1};
 #else
     return {pairs.p, 1, pairs.step};
@@ -75,7 +76,6 @@ struct Param {
         if (is_bf16) store(static_cast<bf16*>(p) + i, v, n);
         else store(static_cast<float*>(p) + i, v, n);
     }
-    void set(long i, float v) const { store_at(i, set1(v), 1); }
 };
 
 inline int lanes_left(long n, long i) { return int(std::min<long>(LANES, n - i)); }
@@ -106,7 +106,8 @@ template <class E> inline void pack_transposed(Param weight, long K, long N, lon
                 }
             transpose(block, LANES, turned, LANES);
             const long count = std::min<long>(LANES, (padded(K) - k) / PER_WORD<E>);
-            for (long w = 0; w < count; ++w) store(panel + (k / PER_WORD<E> + w) * NR + n - j * NR, load(turned + w * LANES));
+            for (long w = 0; w < count; ++w) store(panel + (k / PER_WORD<E> + w) * NR + n - j * NR,
+                                                   load(turned + w * LANES));
         }
 }
 

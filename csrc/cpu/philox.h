@@ -1,8 +1,8 @@
 // Philox4x32-10 on vectors, and the dropout multipliers drawn from it: bit-equal to deit_fast/reference/philox.py.
 //
-// Element i of a mask is word i % 4 of the counter (i / 4, site) under the key `seed`; it is kept iff the word is at least
-// round(p 2^32). One call draws 4 LANES consecutive elements. The lanes take the counters in an order that leaves only 4 x 4
-// transpositions within 128 bits: with L = LANES / 4, position q of 128-bit lane l holds counter L q + l.
+// Element i of a mask is word i % 4 of the counter (i / 4, site) under the key `seed`; it is kept iff the word is at
+// least round(p 2^32). One call draws 4 LANES consecutive elements. The lanes take the counters in an order that leaves
+// only 4 x 4 transpositions within 128 bits: with L = LANES / 4, position q of 128-bit lane l holds counter L q + l.
 // Cost on AVX-512: 12 instructions a round for 64 words, about 30 for each vector of 16 elements.
 #pragma once
 

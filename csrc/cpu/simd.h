@@ -1,15 +1,16 @@
 // One vector of LANES fp32 numbers, for AVX-512 (16), AVX2 (8) and anything else (4, left to the compiler's vectors).
 //
 // Arithmetic is written with the compiler's own vector operators (+, *, <, ?:), so that only what they cannot say is an
-// intrinsic here: fused multiply-add, masked loads, bf16 conversion. bf16 lives in memory only; registers hold fp32, but for
-// the operands of `mac`, whose 32-bit words are one fp32 number or a pair of bf16.
+// intrinsic here: fused multiply-add, masked loads, bf16 conversion. bf16 lives in memory only; registers hold fp32,
+// but for the operands of `mac`, whose 32-bit words are one fp32 number or a pair of bf16.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #if defined(__AVX2__)
 #pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"  // GCC 12's own headers: https://gcc.gnu.org/bugzilla/show_bug.cgi?id=105593
+// GCC 12's own headers: https://gcc.gnu.org/bugzilla/show_bug.cgi?id=105593
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 #pragma GCC diagnostic pop
@@ -186,13 +187,17 @@ inline float to_float(bf16 x) {
 // In each 128-bit lane: the 4 x 4 matrix whose rows are w[0..3], transposed.
 inline void transpose4(UVec w[4]) {
 #if defined(__AVX512F__)
-    const __m512i a = _mm512_unpacklo_epi32((__m512i)w[0], (__m512i)w[1]), b = _mm512_unpackhi_epi32((__m512i)w[0], (__m512i)w[1]);
-    const __m512i c = _mm512_unpacklo_epi32((__m512i)w[2], (__m512i)w[3]), d = _mm512_unpackhi_epi32((__m512i)w[2], (__m512i)w[3]);
+    const __m512i a = _mm512_unpacklo_epi32((__m512i)w[0], (__m512i)w[1]), b = _mm512_unpackhi_epi32((__m512i)w[0],
+        (__m512i)w[1]);
+    const __m512i c = _mm512_unpacklo_epi32((__m512i)w[2], (__m512i)w[3]), d = _mm512_unpackhi_epi32((__m512i)w[2],
+        (__m512i)w[3]);
     w[0] = (UVec)_mm512_unpacklo_epi64(a, c), w[1] = (UVec)_mm512_unpackhi_epi64(a, c);
     w[2] = (UVec)_mm512_unpacklo_epi64(b, d), w[3] = (UVec)_mm512_unpackhi_epi64(b, d);
 #elif defined(__AVX2__)
-    const __m256i a = _mm256_unpacklo_epi32((__m256i)w[0], (__m256i)w[1]), b = _mm256_unpackhi_epi32((__m256i)w[0], (__m256i)w[1]);
-    const __m256i c = _mm256_unpacklo_epi32((__m256i)w[2], (__m256i)w[3]), d = _mm256_unpackhi_epi32((__m256i)w[2], (__m256i)w[3]);
+    const __m256i a = _mm256_unpacklo_epi32((__m256i)w[0], (__m256i)w[1]), b = _mm256_unpackhi_epi32((__m256i)w[0],
+        (__m256i)w[1]);
+    const __m256i c = _mm256_unpacklo_epi32((__m256i)w[2], (__m256i)w[3]), d = _mm256_unpackhi_epi32((__m256i)w[2],
+        (__m256i)w[3]);
     w[0] = (UVec)_mm256_unpacklo_epi64(a, c), w[1] = (UVec)_mm256_unpackhi_epi64(a, c);
     w[2] = (UVec)_mm256_unpacklo_epi64(b, d), w[3] = (UVec)_mm256_unpackhi_epi64(b, d);
 #else
@@ -227,8 +232,8 @@ inline void transpose(const float* from, long from_row, float* to, long to_row) 
 
 // ---- Functions.
 
-// e^x with 2 ulp, for x in [-87.3, 88.3]; below it is about 1e-38, above about 2e38. x = n ln 2 + r with |r| <= ln(2) / 2; a
-// polynomial of degree 6 gives e^r (minimax, relative error 3e-9), and n goes into the exponent.
+// e^x with 2 ulp, for x in [-87.3, 88.3]; below it is about 1e-38, above about 2e38. x = n ln 2 + r with |r| <= ln(2) /
+// 2; a polynomial of degree 6 gives e^r (minimax, relative error 3e-9), and n goes into the exponent.
 inline Vec exp(Vec x) {
     x = max(min(x, set1(88.3f)), set1(-87.3f));
     const Vec magic = set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, which the low bits then hold

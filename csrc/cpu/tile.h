@@ -1,5 +1,5 @@
-// What happens to a tile of token rows between its products: LayerNorm and its gradient, the end of a residual branch and its
-// gradient, and the ordered sum of gradients over chunks of rows.
+// What happens to a tile of token rows between its products: LayerNorm and its gradient, the end of a residual branch
+// and its gradient, and the ordered sum of gradients over chunks of rows.
 #pragma once
 
 #include <cmath>
@@ -29,13 +29,24 @@ template <class T, class E> inline void copy_tile(const T* x, long rows, long wi
         for (long c = 0; c < padded(width); c += LANES) store(to.row(r) + c, load_in(x + r * width, c, width));
 }
 
+// The same without a copy where the rows lie in memory as operands already (a multiple of 128 features apart they would
+// fall into the same cache sets as a panel).
+template <class T, class E> inline Tile<E> tile_of(const T* x, long rows, long width, Tile<E> room) {
+    if constexpr (sizeof(T) == sizeof(float)) {
+        if (width == NR || (width % NR == 0 && width % 128 != 0)) return {const_cast<float*>(x), width};
+    }
+    copy_tile(x, rows, width, room);
+    return room;
+}
+
 // Zeros the rows from `rows` to the next multiple of TOKENS, for products contracted over tokens.
 template <class E> inline void zero_rest(Tile<E> tile, long rows, long width) {
     for (long r = rows; r < padded(rows, TOKENS<E>); ++r)
         for (long c = 0; c < padded(width); c += LANES) store(tile.row(r) + c, set1(0.0f));
 }
 
-// sum over rows of tile (rows, width), added to total (padded width); by 16 rows, so that rounding grows with rows / 16.
+// sum over rows of tile (rows, width), added to total (padded width); by 16 rows, so that rounding grows with rows /
+// 16.
 template <class E> inline void add_column_sums(Tile<E> tile, long rows, long width, float* total) {
     for (long c = 0; c < padded(width); c += LANES)
         for (long first = 0; first < rows; first += 16) {
@@ -83,8 +94,8 @@ inline void normalise(const LayerNorm& ln, const T* x, long rows, const float* m
         }
 }
 
-// dx = added + rstd (g - mean(g) - n mean(g n)) with g = dy weight and n the normalised x; dweight += sum dy n, dbias += sum dy.
-// dy (rows, dy_row) fp32 with zeros behind C; `added` may be null.
+// dx = added + rstd (g - mean(g) - n mean(g n)) with g = dy weight and n the normalised x; dweight += sum dy n, dbias
+// += sum dy. dy (rows, dy_row) fp32 with zeros behind C; `added` may be null.
 template <class T>
 inline void layernorm_gradient(const LayerNorm& ln, const T* x, long rows, const float* mean, const float* rstd,
                                const float* dy, long dy_row, const T* added, T* dx, float* dweight, float* dbias) {
@@ -120,15 +131,16 @@ struct Branch {
     static long room(long width) { return padded(width) + 2 * PHILOX_WORDS; }
 };
 
-// out = residual + row_scale dropout(y + bias) for columns col .. col + cols - 1 of the rows row .. row + rows - 1; y points at
-// the first of them, residual and out (all rows, width) at their beginnings.
+// out = residual + row_scale dropout(y + bias) for columns col .. col + cols - 1 of the rows row .. row + rows - 1; y
+// points at the first of them, residual and out (all rows, width) at their beginnings.
 template <class T>
 inline void add_branch(const Branch& branch, long row, long rows, long col, long cols, const float* y, long y_row,
                        const float* bias, const T* residual, T* out, float* room) {
     const long width = branch.width;
     for (long r = row; r < row + rows; ++r, y += y_row) {
         const Vec factor = set1(branch.factor(r));
-        const float* keep = branch.drop.on ? dropout_row(branch.drop, branch.site, uint64_t(r) * width + col, cols, room) : nullptr;
+        const float* keep = branch.drop.on ? dropout_row(branch.drop, branch.site, uint64_t(r) * width + col, cols,
+                                                         room) : nullptr;
         for (long c = 0; c < cols; c += LANES) {
             Vec v = load(y + c) + load(bias + col + c);
             if (keep) v *= load(keep + c);
@@ -137,14 +149,17 @@ inline void add_branch(const Branch& branch, long row, long rows, long col, long
     }
 }
 
-// The gradient that enters the branch: grad row_scale mask / (1 - p), zeros behind the width; its column sums go to dbias.
+// The gradient that enters the branch: grad row_scale mask / (1 - p), zeros behind the width; its column sums go to
+// dbias.
 template <class T, class E>
-inline void branch_gradient(const Branch& branch, long row, long rows, const T* grad, Tile<E> to, float* dbias, float* room) {
+inline void branch_gradient(const Branch& branch, long row, long rows, const T* grad, Tile<E> to, float* dbias,
+                            float* room) {
     const long width = branch.width;
     for (long r = 0; r < rows; ++r) {
         const T* from = grad + (row + r) * width;
         const Vec factor = set1(branch.factor(row + r));
-        const float* keep = branch.drop.on ? dropout_row(branch.drop, branch.site, uint64_t(row + r) * width, width, room) : nullptr;
+        const float* keep = branch.drop.on ? dropout_row(branch.drop, branch.site, uint64_t(row + r) * width, width,
+                                                         room) : nullptr;
         for (long c = 0; c < padded(width); c += LANES) {
             Vec v = load_in(from, c, width) * factor;
             if (keep) v *= load_in(keep, c, width);
@@ -155,18 +170,23 @@ inline void branch_gradient(const Branch& branch, long row, long rows, const T* 
     zero_rest(to, rows, width);
 }
 
-// ---- Sums over rows: each chunk of rows has its own partial sums, which are then added in the chunks' order. The partition
-// depends on the shape only, so the result does not depend on the number of threads.
+// ---- Sums over rows: each chunk of rows has its own partial sums, which are then added in the chunks' order. The
+// partition depends on the shape only, so the result does not depend on the number of threads.
 
 struct Chunks {
     long rows, count;
 
-    // About 264 rows each for 4224 (64 images of 66 tokens): 16 partial sums of a (64, 256) weight are 1 MB, and adding them
-    // costs a twentieth of computing them. At most 64, and at most 64 MB.
+    // About 264 rows each for 4224 (64 images of 66 tokens): 16 partial sums of a (64, 256) weight are 1 MB, and adding
+    // them costs a twentieth of computing them. At most 64, and at most 64 MB.
     Chunks(long rows_, long partial_words)
-        : rows(rows_), count(std::max<long>(1, std::min({rows_ / 256, 64L, (16L << 20) / std::max(1L, partial_words)}))) {}
+        : rows(rows_), count(std::max<long>(1, std::min({rows_ / 256, 64L, (16L << 20) / std::max(1L,
+            partial_words)}))) {}
     long begin(long i) const { return rows * i / count; }
 };
+
+// Rows of a backward tile. Each reads and writes all partial sums once, so that wide layers want it long (288 rows of
+// width 192 and 256 hidden features are 1.4 MB, in L2), narrow ones small (96 rows).
+inline long backward_tile(long C) { return C > 128 ? 288 : 96; }
 
 // Row r of `to` (any rows, cols) = the sum over chunks of row r of the partials (rows, row), `chunk` words apart.
 inline void sum_row(const float* partial, const Chunks& chunks, long chunk, long r, long row, long cols, Param to) {
@@ -178,11 +198,19 @@ inline void sum_row(const float* partial, const Chunks& chunks, long chunk, long
 }
 
 // Rows f .. f + LANES - 1 of `to` (F, C) from partials of its transpose (C, row).
-inline void sum_transposed(const float* partial, const Chunks& chunks, long chunk, long f, long row, long F, long C, Param to) {
-    for (long c = 0; c < C; ++c) {
-        Vec total = load(partial + c * row + f);
-        for (long i = 1; i < chunks.count; ++i) total += load(partial + i * chunk + c * row + f);
-        for (int lane = 0; lane < lanes_left(F, f); ++lane) to.set((f + lane) * C + c, total[lane]);
+inline void sum_transposed(const float* partial, const Chunks& chunks, long chunk, long f, long row, long F, long C,
+                           Param to) {
+    alignas(64) float block[LANES * LANES], turned[LANES * LANES];
+    for (long c = 0; c < C; c += LANES) {
+        for (int k = 0; k < lanes_left(C, c); ++k) {
+            const float* from = partial + (c + k) * row + f;
+            Vec total = load(from);
+            for (long i = 1; i < chunks.count; ++i) total += load(from + i * chunk);
+            store(block + k * LANES, total);
+        }
+        transpose(block, LANES, turned, LANES);
+        for (int i = 0; i < lanes_left(F, f); ++i) to.store_at((f + i) * C + c, load(turned + i * LANES),
+                                                               lanes_left(C, c));
     }
 }
 

@@ -7,18 +7,33 @@ fits on chip, so nothing of size N x N is ever written.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from deit_fast import reference
+from deit_fast.kernels import cpu
 
 from .checks import autocast_dtype, cast, check, check_activation, check_dropout, without_autocast
 from .registration import NativeOp
+
+
+def _order(qkv: Tensor, num_heads: int, *_: object) -> tuple[str, ...]:
+    """The native backends to try for a call, best first.
+
+    `cpu` computes in fp32. On a processor with AMX, bf16 inference of 198 tokens at head_dim 64 runs 1.3 x as fast in
+    PyTorch, which multiplies bf16 tiles there; at 66 tokens, or with a backward pass, `cpu` is 1.1 to 4 x as fast as PyTorch.
+    """
+    wide = qkv.shape[1] > 128 and qkv.shape[2] >= 3 * 64 * num_heads
+    tiles = wide and cpu.isa == "amx" and qkv.dtype == torch.bfloat16
+    trained = torch.is_grad_enabled() and qkv.requires_grad
+    return ("triton",) if tiles and not trained else ("cpu", "triton")
+
 
 NATIVE = NativeOp(
     "attention", backends=("cpu", "triton"),
     args="Tensor qkv, int num_heads, float? scale, float dropout_p, Tensor? seed",
     grads=("qkv",),
-    out=lambda qkv, *_: qkv.new_empty((*qkv.shape[:-1], qkv.shape[-1] // 3)))
+    out=lambda qkv, *_: qkv.new_empty((*qkv.shape[:-1], qkv.shape[-1] // 3)), order=_order)
 OP = NATIVE.op
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from deit_fast import reference
+from deit_fast.kernels.cpu import launch
 
 from .checks import autocast_dtype, cast, check, check_activation, check_parameter, without_autocast
 from .registration import NativeOp
@@ -17,7 +18,8 @@ NATIVE = NativeOp(
     "layernorm_linear", backends=("cpu", "triton"),
     args="Tensor x, Tensor ln_weight, Tensor? ln_bias, Tensor weight, Tensor? bias, float eps",
     grads=("x", "ln_weight", "ln_bias", "weight", "bias"),
-    out=lambda x, ln_weight, ln_bias, weight, *_: x.new_empty((*x.shape[:-1], weight.shape[0])))
+    out=lambda x, ln_weight, ln_bias, weight, *_: x.new_empty((*x.shape[:-1], weight.shape[0])),
+    order=lambda x, *_: launch.order(x))
 OP = NATIVE.op
 
 

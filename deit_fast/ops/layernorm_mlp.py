@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from deit_fast import reference
+from deit_fast.kernels.cpu import launch
 
 from .checks import (autocast_dtype, cast, check, check_activation, check_dropout, check_parameter, check_row_scale,
                      without_autocast)
@@ -19,7 +20,8 @@ NATIVE = NativeOp(
     args="Tensor x, Tensor ln_weight, Tensor? ln_bias, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, "
          "Tensor? fc2_bias, float eps, float dropout_p, Tensor? seed, Tensor? row_scale",
     grads=("x", "ln_weight", "ln_bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias"),
-    out=lambda x, *_: x.new_empty(x.shape))
+    out=lambda x, *_: x.new_empty(x.shape),
+    order=lambda x, *rest: launch.order(x, *rest[-3:-1]))
 OP = NATIVE.op
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from deit_fast import reference
+from deit_fast.kernels.cpu import launch
 
 from .checks import (autocast_dtype, cast, check, check_activation, check_device, check_dropout, check_parameter,
                      check_row_scale, without_autocast)
@@ -17,7 +18,8 @@ NATIVE = NativeOp(
     "linear_residual", backends=("cpu", "triton"),
     args="Tensor x, Tensor weight, Tensor? bias, Tensor residual, float dropout_p, Tensor? seed, Tensor? row_scale",
     grads=("x", "weight", "bias"), added="residual",
-    out=lambda x, weight, bias, residual, *_: residual.new_empty(residual.shape))
+    out=lambda x, weight, bias, residual, *_: residual.new_empty(residual.shape),
+    order=lambda x, weight, bias, residual, p, seed, scale: launch.order(x, p, seed))
 OP = NATIVE.op
 
 

@@ -26,6 +26,17 @@ def why_not(x: Tensor, features: int, dropout_p: float = 0.0, seed: Tensor | Non
     return None
 
 
+def order(x: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None) -> tuple[str, ...]:
+    """The automatic order for activations x (..., C): C++ first, but not where training a wide layer is slower in it.
+
+    Measured on one core with AMX, 1584 rows of C = 192 and 528 of C = 384, forward and backward together against oneDNN's and
+    MKL's products: 0.8 to 1.0 times as fast in fp32 and 0.8 to 1.1 in bf16, while C = 64 reaches 1.0 to 1.7 and every forward
+    alone about 1. Seeded dropout costs `reference` 30 times PyTorch's own, so with it C++ is always first.
+    """
+    training = torch.is_grad_enabled() and x.device.type == "cpu"
+    return () if training and x.shape[-1] > 128 and (seed is None or dropout_p == 0.0) else ("cpu", "triton")
+
+
 def pointer(tensor: Tensor | None) -> int:
     """The address of a contiguous tensor's first element; 0 for None and for empty tensors."""
     return 0 if tensor is None else tensor.data_ptr()

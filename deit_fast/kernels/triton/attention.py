@@ -1,14 +1,14 @@
 """Attention on packed qkv: one program per block of queries of one head, in base-2 softmax.
 
 A ViT's sequence is barely longer than a power of two (66 = 64 + 2, 198 = 3 * 64 + 6), so keys are cut into full blocks
-without a mask and one tail of the smallest power of two >= 16 that holds the rest: 80 and 208 keys are computed where whole
-powers of two take 128 and 256. Queries come in blocks of 16 (one warp each) for short sequences. head_dim 8 is padded to 16
-only inside Q K^T, whose instruction needs it.
+without a mask and one tail of the smallest power of two >= 16 that holds the rest: 80 and 208 keys are computed where
+whole powers of two take 128 and 256. Queries come in blocks of 16 (one warp each) for short sequences. head_dim 8 is
+padded to 16 only inside Q K^T, whose instruction needs it.
 
 Backward never sees the output: delta = sum_j P_ij dP_ij comes from a whole row of P, so there is neither a saved O
-nor an fp32 dq workspace, and every gradient is written once by one program (no atomics: bit-reproducible). Where dK and dV of a
-head fit in registers one kernel gives all gradients; longer sequences take one kernel for dQ (which leaves delta
-behind) and one for dK and dV.
+nor an fp32 dq workspace, and every gradient is written once by one program (no atomics: bit-reproducible). Where dK and
+dV of a head fit in registers one kernel gives all gradients; longer sequences take one kernel for dQ (which leaves
+delta behind) and one for dK and dV.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def backward_shape(N: int, D: int, itemsize: int) -> Shape | None:
     TAIL = power_of_two(N - FULL) if N > FULL else 0
     if N > 256 or (FULL + TAIL) * power_of_two(D) * itemsize > 8192:
         return None
-    return Shape(32 if N > 16 else 16, FULL, FULL, TAIL,
+    return Shape(32 if N > 16 and itemsize == 2 else 16, FULL, FULL, TAIL,
                  2 if FULL + TAIL <= 96 and itemsize == 2 else 4)
 
 
@@ -86,9 +86,9 @@ def _arguments(tiles: Shape, qkv: Tensor, num_heads: int, scale: float | None, d
                seed: Tensor | None) -> dict[str, object]:
     """The arguments that all four kernels take alike."""
     N, D = qkv.shape[1], qkv.shape[2] // (3 * num_heads)
-    return {"scale": (D**-0.5 if scale is None else scale) * LOG2E, "N": N, "H": num_heads, "D": D, "BLOCK_M": tiles.BLOCK_M,
-            "BLOCK_N": tiles.BLOCK_N, "FULL": tiles.FULL, "TAIL": tiles.TAIL, "BLOCK_D": power_of_two(D),
-            "PRECISION": dot_precision(qkv), "num_warps": tiles.num_warps, "num_stages": 2,
+    return {"scale": (D**-0.5 if scale is None else scale) * LOG2E, "N": N, "H": num_heads, "D": D,
+            "BLOCK_M": tiles.BLOCK_M, "BLOCK_N": tiles.BLOCK_N, "FULL": tiles.FULL, "TAIL": tiles.TAIL,
+            "BLOCK_D": power_of_two(D), "PRECISION": dot_precision(qkv), "num_warps": tiles.num_warps, "num_stages": 2,
             **dropout_arguments(dropout_p, seed)}
 
 

@@ -3,7 +3,7 @@
 D is head_dim, BLOCK_D the same padded for tl.dot, BM queries and BN keys of a tile. qkv is (B, N, 3, H, D), out and its
 gradient (B, N, H, D), lse and delta (B, H, N).
 
-    dV = (P keep)^T dO        dP = (dO V^T) keep        dS = P (dP - sum_j P dP)        dQ = dS K scale        dK = dS^T Q scale
+    dV = (P keep)^T dO    dP = (dO V^T) keep    dS = P (dP - sum_j P dP)    dQ = dS K scale    dK = dS^T Q scale
 """
 
 from __future__ import annotations
@@ -34,11 +34,13 @@ def _load(ptr, rows, ROW: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BLOCK_
 def _store(ptr, rows, value, ROW: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Writes value (BM, BLOCK_D) to the rows of one head."""
     d = tl.arange(0, BLOCK_D)
-    tl.store(ptr + rows[:, None] * ROW + d[None, :], value.to(ptr.dtype.element_ty), mask=(rows < N)[:, None] & (d < D)[None, :])
+    tl.store(ptr + rows[:, None] * ROW + d[None, :], value.to(ptr.dtype.element_ty),
+             mask=(rows < N)[:, None] & (d < D)[None, :])
 
 
 @triton.jit
-def _keep(seed_ptr, head, rows, first, N: tl.constexpr, BN: tl.constexpr, THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr):
+def _keep(seed_ptr, head, rows, first, N: tl.constexpr, BN: tl.constexpr, THRESHOLD: tl.constexpr,
+          KEEP_SCALE: tl.constexpr):
     """Dropout's factors of a tile of P (BM, BN): 0 or KEEP_SCALE; `head` is b H + h."""
     keep = keep_tile(seed_ptr, head * N + rows, first, N, BN, SITE, THRESHOLD)
     return tl.where(keep, KEEP_SCALE, 0.0)
@@ -68,8 +70,8 @@ def _attend(q, k_ptr, v_ptr, best, total, acc, scale, seed_ptr, head, rows, firs
 @triton.jit
 def attention_fwd_kernel(qkv_ptr, out_ptr, lse_ptr, seed_ptr, scale, N: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
                          BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FULL: tl.constexpr, TAIL: tl.constexpr,
-                         BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr,
-                         PRECISION: tl.constexpr):
+                         BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, THRESHOLD: tl.constexpr,
+                         KEEP_SCALE: tl.constexpr, PRECISION: tl.constexpr):
     """out (B, N, H, D) and lse (B, H, N); one program per (b, h, block of BLOCK_M queries)."""
     blocks: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
     ROW: tl.constexpr = 3 * H * D
@@ -84,11 +86,11 @@ def attention_fwd_kernel(qkv_ptr, out_ptr, lse_ptr, seed_ptr, scale, N: tl.const
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     for first in range(0, FULL, BLOCK_N):
-        best, total, acc = _attend(q, k_ptr, v_ptr, best, total, acc, scale, seed_ptr, head, rows, first, ROW, N, D, BLOCK_N,
-                                   BLOCK_D, BLOCK_V, False, THRESHOLD, KEEP_SCALE, PRECISION)
+        best, total, acc = _attend(q, k_ptr, v_ptr, best, total, acc, scale, seed_ptr, head, rows, first, ROW, N, D,
+                                   BLOCK_N, BLOCK_D, BLOCK_V, False, THRESHOLD, KEEP_SCALE, PRECISION)
     if TAIL > 0:
-        best, total, acc = _attend(q, k_ptr, v_ptr, best, total, acc, scale, seed_ptr, head, rows, FULL, ROW, N, D, TAIL,
-                                   BLOCK_D, BLOCK_V, True, THRESHOLD, KEEP_SCALE, PRECISION)
+        best, total, acc = _attend(q, k_ptr, v_ptr, best, total, acc, scale, seed_ptr, head, rows, FULL, ROW, N, D,
+                                   TAIL, BLOCK_D, BLOCK_V, True, THRESHOLD, KEEP_SCALE, PRECISION)
     out_ptr += head // H * N * H * D + head % H * D
     _store(out_ptr, rows, acc / total[:, None], H * D, N, D, BLOCK_V)
     if lse_ptr is not None:
@@ -117,7 +119,7 @@ def attention_bwd_kernel(qkv_ptr, grad_ptr, lse_ptr, dqkv_ptr, seed_ptr, scale, 
                          D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FULL: tl.constexpr,
                          TAIL: tl.constexpr, BLOCK_D: tl.constexpr, THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr,
                          PRECISION: tl.constexpr):
-    """dqkv (B, N, 3, H, D), all of it; one program per (b, h). Keys are the pieces [0, FULL) and [FULL, FULL + TAIL)."""
+    """All of dqkv (B, N, 3, H, D); one program per (b, h). The keys are [0, FULL) and [FULL, FULL + TAIL)."""
     LOGIT: tl.constexpr = 0.6931471805599453  # ln 2: `scale` carries log2(e), gradients do not
     ROW: tl.constexpr = 3 * H * D
     head = tl.program_id(0).to(tl.int64)  # b H + h
@@ -171,15 +173,15 @@ def attention_bwd_kernel(qkv_ptr, grad_ptr, lse_ptr, dqkv_ptr, seed_ptr, scale, 
 
 
 @triton.jit
-def _tile(q, do, k_ptr, v_ptr, lse, scale, seed_ptr, head, rows, first, ROW: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
-          BN: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr, THRESHOLD: tl.constexpr,
+def _tile(q, do, k_ptr, v_ptr, lse, scale, seed_ptr, head, rows, first, ROW: tl.constexpr, N: tl.constexpr,
+          D: tl.constexpr, BN: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr, THRESHOLD: tl.constexpr,
           KEEP_SCALE: tl.constexpr, PRECISION: tl.constexpr):
     """(P, dP, k) of the BN keys from `first`."""
     keys = first + tl.arange(0, BN)
     k = _load(k_ptr, keys, ROW, N, D, BLOCK_D, MASKED)
     v = _load(v_ptr, keys, ROW, N, D, BLOCK_D, MASKED)
-    p, _, dp = _probabilities(q, do, k, v, lse, scale, seed_ptr, head, rows, first, N, BN, MASKED, THRESHOLD, KEEP_SCALE,
-                              PRECISION)
+    p, _, dp = _probabilities(q, do, k, v, lse, scale, seed_ptr, head, rows, first, N, BN, MASKED, THRESHOLD,
+                              KEEP_SCALE, PRECISION)
     return p, dp, k
 
 
@@ -203,20 +205,20 @@ def attention_bwd_dq_kernel(qkv_ptr, grad_ptr, lse_ptr, delta_ptr, dqkv_ptr, see
     lse = tl.load(lse_ptr + head * N + rows, mask=rows < N, other=float("inf"))
     delta = tl.zeros((BLOCK_M,), tl.float32)
     for first in range(0, FULL, BLOCK_N):
-        p, dp, k = _tile(q, do, k_ptr, v_ptr, lse, scale, seed_ptr, head, rows, first, ROW, N, D, BLOCK_N, BLOCK_D, False,
-                         THRESHOLD, KEEP_SCALE, PRECISION)
+        p, dp, k = _tile(q, do, k_ptr, v_ptr, lse, scale, seed_ptr, head, rows, first, ROW, N, D, BLOCK_N, BLOCK_D,
+                         False, THRESHOLD, KEEP_SCALE, PRECISION)
         delta += tl.sum(p * dp, 1)
     if TAIL > 0:
-        p_t, dp_t, k_t = _tile(q, do, k_ptr, v_ptr, lse, scale, seed_ptr, head, rows, FULL, ROW, N, D, TAIL, BLOCK_D, True,
-                               THRESHOLD, KEEP_SCALE, PRECISION)
+        p_t, dp_t, k_t = _tile(q, do, k_ptr, v_ptr, lse, scale, seed_ptr, head, rows, FULL, ROW, N, D, TAIL, BLOCK_D,
+                               True, THRESHOLD, KEEP_SCALE, PRECISION)
         delta += tl.sum(p_t * dp_t, 1)
     tl.store(delta_ptr + head * N + rows, delta, mask=rows < N)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     if TAIL > 0:
         dq = tl.dot((p_t * (dp_t - delta[:, None])).to(q.dtype), k_t, dq, input_precision=PRECISION)
     for first in range(0, FULL, BLOCK_N):
-        p, dp, k = _tile(q, do, k_ptr, v_ptr, lse, scale, seed_ptr, head, rows, first, ROW, N, D, BLOCK_N, BLOCK_D, False,
-                         THRESHOLD, KEEP_SCALE, PRECISION)
+        p, dp, k = _tile(q, do, k_ptr, v_ptr, lse, scale, seed_ptr, head, rows, first, ROW, N, D, BLOCK_N, BLOCK_D,
+                         False, THRESHOLD, KEEP_SCALE, PRECISION)
         dq = tl.dot((p * (dp - delta[:, None])).to(q.dtype), k, dq, input_precision=PRECISION)
     _store(dqkv_ptr + offset, rows, dq * (scale * LOGIT), ROW, N, D, BLOCK_D)
 

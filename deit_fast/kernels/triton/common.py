@@ -1,7 +1,7 @@
 """What all launchers share: when to refuse a call, how to launch, and how to see launches without a GPU.
 
-A launcher chooses its tiles by shape alone, in one function per op, so that the hot path neither measures nor waits and a
-CUDA graph can capture it. `recording()` collects the launches in place of making them: the tests compile exactly the
+A launcher chooses its tiles by shape alone, in one function per op, so that the hot path neither measures nor waits and
+a CUDA graph can capture it. `recording()` collects the launches in place of making them: the tests compile exactly the
 kernels that the launchers choose, on a machine without a GPU.
 """
 
@@ -27,7 +27,7 @@ FAILED: dict[str, str] = {}  # op -> why Triton could not compile one of its ker
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch: the kernel, its grid, and its arguments by name (constants and num_warps, num_stages among them)."""
+    """One kernel launch: the kernel, its grid, and its arguments by name (constants and num_warps among them)."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -51,8 +51,8 @@ def recording() -> Iterator[list[Launch]]:
 def launch(op: str, kernel: Any, grid: int, x: Tensor, **arguments: Any) -> None:
     """Launches `grid` programs of a kernel on the current stream of x's device; no programs: no launch.
 
-    A kernel that does not compile is remembered in FAILED, so that the op's why_not gives the reason from then on and the
-    automatic order steps down; this call raises BackendError.
+    A kernel that does not compile is remembered in FAILED, so that the op's why_not gives the reason from then on and
+    the automatic order steps down; this call raises BackendError.
     """
     if grid == 0:
         return
@@ -67,11 +67,13 @@ def launch(op: str, kernel: Any, grid: int, x: Tensor, **arguments: Any) -> None
             if INTERPRETED or not _is_compile_error(error):
                 raise
             FAILED[op] = f"Triton {triton.__version__} could not compile {kernel.__name__} here: {_first_line(error)}"
-            raise BackendError(f"{op}: {FAILED[op]}. Call again for the next backend, or ask for backend='reference'.") from error
+            remedy = "call again for the next backend, or ask for backend='reference'"
+            raise BackendError(f"{op}: {FAILED[op]}; {remedy}.") from error
 
 
 def _is_compile_error(error: BaseException) -> bool:
-    return not isinstance(error, RuntimeError) or any(sign in str(error) for sign in ("PassManager", "C compiler", "LLVM"))
+    signs = ("PassManager", "C compiler", "LLVM")
+    return not isinstance(error, RuntimeError) or any(sign in str(error) for sign in signs)
 
 
 def _first_line(error: BaseException) -> str:
@@ -87,8 +89,8 @@ def refusal(op: str, x: Tensor, dropout_p: float = 0.0, seed: Tensor | None = No
             return "Triton's interpreter multiplies bfloat16 bit patterns (triton-lang/triton issue 11584)"
     elif not x.is_cuda:
         return f"the tensors are on {x.device}, Triton needs a CUDA GPU"
-    elif too_old(x.device.index) is not None:
-        return too_old(x.device.index)
+    elif (reason := too_old(x.device.index)) is not None:
+        return reason
     if dropout_p > 0.0 and seed is None:
         return "dropout without a seed is PyTorch's own, which only reference draws"
     if dropout_p > 0.0 and keep_threshold(dropout_p) >= 2**32:
@@ -97,7 +99,7 @@ def refusal(op: str, x: Tensor, dropout_p: float = 0.0, seed: Tensor | None = No
 
 
 def dot_precision(x: Tensor) -> str:
-    """How fp32 products are taken: "tf32" where torch's own matmul does so on CUDA, else "ieee" (no effect on 16 bits)."""
+    """How fp32 products are taken: "tf32" where torch's own matmul does so, else "ieee" (no effect on 16 bits)."""
     return "tf32" if x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
@@ -107,7 +109,7 @@ def keep_threshold(p: float) -> int:
 
 
 def dropout_arguments(p: float, seed: Tensor | None) -> dict[str, Any]:
-    """The kernel arguments of a dropout: the seed's pointer, the threshold and the factor 1 / (1 - p) of kept elements."""
+    """The kernel arguments of a dropout: seed, threshold and the factor 1 / (1 - p) of kept elements."""
     if p == 0.0:
         return {"seed_ptr": None, "THRESHOLD": 0, "KEEP_SCALE": 1.0}
     return {"seed_ptr": seed, "THRESHOLD": keep_threshold(p), "KEEP_SCALE": 1.0 / (1.0 - p)}

@@ -1,9 +1,9 @@
-"""The distillation objective in one pass over the logits: a program reads its rows of both heads, the labels and the teacher
-once, and leaves its part of the loss and both unit gradients.
+"""The distillation objective in one pass over the logits: a program reads its rows of both heads, the labels and the
+teacher once, and leaves its part of the loss and both unit gradients.
 
-Gradients are kept in fp32 whatever the logits' dtype: 1 / B times a small probability is subnormal in fp16, and the loss
-scale that would save it comes only with backward's factor. For the batches of small images one program holds all rows and the
-loss is done; larger ones take a second launch that adds the parts up in order.
+Gradients are kept in fp32 whatever the logits' dtype: 1 / B times a small probability is subnormal in fp16, and the
+loss scale that would save it comes only with backward's factor. For the batches of small images one program holds all
+rows and the loss is done; larger ones take a second launch that adds the parts up in order.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def why_not(cls_logits: Tensor, dist_logits: Tensor | None, target: Tensor, teac
 
 def saved_like(cls_logits: Tensor, dist_logits: Tensor | None, target: Tensor, teacher_logits: Tensor | None, kind: str,
                *_: object) -> list[Tensor]:
-    """What forward saves, uninitialised: unit gradients (B, K) fp32, of the class head and, with a teacher, the other."""
+    """What forward saves, uninitialised: unit gradients (B, K) fp32 of the heads that have one."""
     return [cls_logits.new_empty(cls_logits.shape, dtype=torch.float32) for _ in range(1 if kind == "none" else 2)]
 
 
@@ -125,11 +125,12 @@ def forward(cls_logits: Tensor, dist_logits: Tensor | None, target: Tensor, teac
     programs = cdiv(B, BLOCK_M)
     loss = cls_logits.new_empty((), dtype=torch.float32)
     parts = loss if programs == 1 else loss.new_empty(programs)
-    launch(OP, distillation_loss_kernel, programs, cls_logits, cls_ptr=cls_logits, dist_ptr=dist_logits, target_ptr=target,
-           teacher_ptr=teacher_logits, loss_ptr=parts, dcls_ptr=saved[0] if save else None,
-           ddist_ptr=saved[1] if save and kind != "none" else None, B=B, alpha=float(alpha), tau=float(tau), smoothing=float(smoothing),
-           kl_scale=float(tau) ** 2 / (B if reduction == "batchmean" else B * K), K=K, BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K, KIND=kind,
-           SOFT_TARGET=target.is_floating_point(), num_warps=4 if BLOCK_K <= 4096 else 8)
+    launch(OP, distillation_loss_kernel, programs, cls_logits, cls_ptr=cls_logits, dist_ptr=dist_logits,
+           target_ptr=target, teacher_ptr=teacher_logits, loss_ptr=parts, dcls_ptr=saved[0] if save else None,
+           ddist_ptr=saved[1] if save and kind != "none" else None, B=B, alpha=float(alpha), tau=float(tau),
+           smoothing=float(smoothing), kl_scale=float(tau) ** 2 / (B if reduction == "batchmean" else B * K), K=K,
+           BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K, KIND=kind, SOFT_TARGET=target.is_floating_point(),
+           num_warps=4 if BLOCK_K <= 4096 else 8)
     if programs > 1:
         launch(OP, sum_kernel, 1, cls_logits, part_ptr=parts, out_ptr=loss, count=programs, BLOCK=256, num_warps=4)
     return loss, saved
@@ -144,8 +145,8 @@ def backward(grad: Tensor, saved: list[Tensor], needs: list[bool], cls_logits: T
             grads.append(cls_logits.new_empty(0))
         elif i < len(saved):
             grads.append(logits.new_empty(logits.shape))
-            launch(OP, scale_kernel, cdiv(logits.numel(), 1024), logits, unit_ptr=saved[i], grad_ptr=grad, out_ptr=grads[i],
-                   size=logits.numel(), BLOCK=1024, num_warps=4)
+            launch(OP, scale_kernel, cdiv(logits.numel(), 1024), logits, unit_ptr=saved[i], grad_ptr=grad,
+                   out_ptr=grads[i], size=logits.numel(), BLOCK=1024, num_warps=4)
         else:
             grads.append(logits.new_zeros(logits.shape))
     return grads

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .common import cdiv, contiguous, dot_precision, launch, refusal
-from .linear import channels_per_step, forward_tiles, fused, linear_backward, only_needed, wide_weight_gradients, zero_gradients
+from .linear import (channels_per_step, forward_tiles, fused, linear_backward, only_needed, wide_weight_gradients,
+                     zero_gradients)
 from .linear_kernels import layernorm_linear_fwd_kernel
 from .reduction import reduce
 from .rowwise import layer_norm, layer_norm_backward
@@ -44,8 +45,9 @@ def forward(x: Tensor, ln_weight: Tensor, ln_bias: Tensor | None, weight: Tensor
     if M:
         tiles = forward_tiles(M, C, F, x.element_size())
         launch(OP, layernorm_linear_fwd_kernel, cdiv(M, tiles.BLOCK_M) * cdiv(F, tiles.BLOCK_F), x, x_ptr=rows,
-               ln_weight_ptr=ln_weight, ln_bias_ptr=ln_bias, weight_ptr=weight, bias_ptr=bias, out_ptr=out, M=M, eps=eps, C=C,
-               F=F, BLOCK_K=channels_per_step(C, x.element_size()), PRECISION=dot_precision(x), num_stages=2, **asdict(tiles))
+               ln_weight_ptr=ln_weight, ln_bias_ptr=ln_bias, weight_ptr=weight, bias_ptr=bias, out_ptr=out, M=M,
+               eps=eps, C=C, F=F, BLOCK_K=channels_per_step(C, x.element_size()), PRECISION=dot_precision(x),
+               num_stages=2, **asdict(tiles))
     return out, []
 
 
@@ -68,6 +70,7 @@ def backward(grad: Tensor, saved: list[Tensor], needs: list[bool], x: Tensor, ln
             dweight, dbias = wide_weight_gradients(g, layer_norm(OP, rows, ln_weight, ln_bias, eps), weight, bias)
         grads = [dx, dln_weight, dln_bias, dweight, dbias]
     else:
-        grads = linear_backward(OP, g, rows, ln_weight, ln_bias, weight, bias, eps, 0.0, None, None, 1, dx_needed, dw_needed)
+        grads = linear_backward(OP, g, rows, ln_weight, ln_bias, weight, bias, eps, 0.0, None, None, 1, dx_needed,
+                                dw_needed)
     grads[0] = None if grads[0] is None else grads[0].view(x.shape)
     return only_needed(x, needs, grads)

@@ -1,7 +1,8 @@
-"""x + row_scale dropout(W2 dropout(gelu(W1 LN(x)))): one kernel where a row fits on chip, row kernels around cuBLAS beyond.
+"""x + row_scale dropout(W2 dropout(gelu(W1 LN(x)))): one kernel, or row kernels around cuBLAS.
 
-Fused (C <= 256 in 16 bits, C <= 64 in fp32): the hidden activations stay on chip, backward keeps nothing and recomputes. Wide:
-LN kernel, cuBLAS, GELU kernel, cuBLAS, residual kernel; z (M, F) is saved, LN(x) and gelu(z) are computed again.
+Fused (C <= 256 in 16 bits, C <= 64 in fp32): the hidden activations stay on chip, backward keeps nothing and
+recomputes. Wide: LN kernel, cuBLAS, GELU kernel, cuBLAS, residual kernel; z (M, F) is saved, LN(x) and gelu(z) are
+computed again.
 """
 
 from __future__ import annotations
@@ -37,10 +38,9 @@ def backward_tiles(M: int, C: int, F: int, itemsize: int) -> Tiles:
     """Tiles of the fused backward kernel, both roles."""
     BLOCK_C = power_of_two(C)
     if itemsize == 4:
-        return Tiles(min(32, power_of_two(M)), min(32, power_of_two(F)), BLOCK_C, 8)
+        return Tiles(16, min(32, power_of_two(F)), BLOCK_C, 8)
     BLOCK_M = 32 if M <= 32 * PROGRAMS or BLOCK_C > 128 else 64
-    return Tiles(min(BLOCK_M, power_of_two(M)), min(64 if BLOCK_C <= 128 else 32, power_of_two(F)), BLOCK_C,
-                 4 if BLOCK_C <= 128 else 8)
+    return Tiles(min(BLOCK_M, power_of_two(M)), min(64 if BLOCK_C <= 128 else 32, power_of_two(F)), BLOCK_C, 8)
 
 
 def why_not(x: Tensor, ln_weight: Tensor, ln_bias: Tensor | None, fc1_weight: Tensor, fc1_bias: Tensor | None,
@@ -69,16 +69,17 @@ def forward(x: Tensor, ln_weight: Tensor, ln_bias: Tensor | None, fc1_weight: Te
         h = layer_norm(OP, rows, ln_weight, ln_bias, eps)
         z = functional.linear(h, fc1_weight.to(x.dtype), None if fc1_bias is None else fc1_bias.to(x.dtype))
         a = gelu_dropout(OP, z, SITE_MLP_HIDDEN, dropout_p, seed)
-        out = add_branch(OP, torch.mm(a, fc2_weight.to(x.dtype).t()), fc2_bias, rows, SITE_MLP_OUTPUT, dropout_p, seed, row_scale,
-                         rows_per_sample(x))
+        out = add_branch(OP, torch.mm(a, fc2_weight.to(x.dtype).t()), fc2_bias, rows, SITE_MLP_OUTPUT, dropout_p, seed,
+                         row_scale, rows_per_sample(x))
         return out.view(x.shape), [z] if save else []
     out = x.new_empty(x.shape)
     if M:
         tiles = forward_tiles(M, C, F, x.element_size())
-        launch(OP, layernorm_mlp_fwd_kernel, cdiv(M, tiles.BLOCK_M), x, x_ptr=rows, ln_weight_ptr=ln_weight, ln_bias_ptr=ln_bias,
-               fc1_weight_ptr=fc1_weight, fc1_bias_ptr=fc1_bias, fc2_weight_ptr=fc2_weight, fc2_bias_ptr=fc2_bias, out_ptr=out,
-               row_scale_ptr=row_scale, M=M, rows_per_sample=rows_per_sample(x), eps=eps, C=C, F=F, PRECISION=dot_precision(x),
-               num_stages=2, **asdict(tiles), **dropout_arguments(dropout_p, seed))
+        launch(OP, layernorm_mlp_fwd_kernel, cdiv(M, tiles.BLOCK_M), x, x_ptr=rows, ln_weight_ptr=ln_weight,
+               ln_bias_ptr=ln_bias, fc1_weight_ptr=fc1_weight, fc1_bias_ptr=fc1_bias, fc2_weight_ptr=fc2_weight,
+               fc2_bias_ptr=fc2_bias, out_ptr=out, row_scale_ptr=row_scale, M=M, rows_per_sample=rows_per_sample(x),
+               eps=eps, C=C, F=F, PRECISION=dot_precision(x), num_stages=2, **asdict(tiles),
+               **dropout_arguments(dropout_p, seed))
     return out, []
 
 

@@ -15,7 +15,7 @@ PROGRAMS = 264  # two per multiprocessor of an H100; more tiles are looped over
 
 
 def fused(x: Tensor, C: int) -> bool:
-    """Whether the fused kernels serve width C: beyond 256 cuBLAS wins, and in fp32 (no 16-bit tensor cores) beyond 64."""
+    """Whether the fused kernels serve width C: up to 256, in fp32 (no 16-bit tensor cores) up to 64."""
     return C <= (64 if x.dtype == torch.float32 else 256)
 
 
@@ -75,9 +75,10 @@ def linear_backward(op: str, grad: Tensor, x: Tensor, ln_weight: Tensor | None, 
         matrix = Partials.empty(x, splits, (empty(weight), None if bias is None else empty(bias)))
     launch(op, linear_bwd_kernel, dx_programs + blocks * splits, x, x_ptr=x, grad_ptr=grad, ln_weight_ptr=ln_weight,
            ln_bias_ptr=ln_bias, weight_ptr=weight, dx_ptr=dx, vector_ptr=vector and vector.workspace,
-           matrix_ptr=matrix and matrix.workspace, row_scale_ptr=row_scale, M=M, rows_per_sample=rows_per_sample, eps=eps,
-           dx_programs=dx_programs, rows_per_split=rows_per_split, C=C, F=F, LAYERNORM=ln_weight is not None,
-           BIAS=bias is not None, PRECISION=dot_precision(x), num_stages=2, **asdict(tiles), **dropout_arguments(dropout_p, seed))
+           matrix_ptr=matrix and matrix.workspace, row_scale_ptr=row_scale, M=M, rows_per_sample=rows_per_sample,
+           eps=eps, dx_programs=dx_programs, rows_per_split=rows_per_split, C=C, F=F, LAYERNORM=ln_weight is not None,
+           BIAS=bias is not None, PRECISION=dot_precision(x), num_stages=2, **asdict(tiles),
+           **dropout_arguments(dropout_p, seed))
     reduce(op, x, matrix, vector)
     dln_weight, dln_bias = vector.grads if vector else (None, None)
     dweight, dbias = matrix.grads if matrix else (None, None)
@@ -97,4 +98,4 @@ def only_needed(x: Tensor, needs: list[bool], grads: list[Tensor | None]) -> lis
 
 def zero_gradients(x: Tensor, needs: list[bool], arguments: list[Tensor | None]) -> list[Tensor]:
     """The gradients of a call on no rows: zeros of each argument's shape."""
-    return only_needed(x, needs, [None if argument is None else argument.new_zeros(argument.shape) for argument in arguments])
+    return only_needed(x, needs, [None if each is None else each.new_zeros(each.shape) for each in arguments])

@@ -4,9 +4,9 @@ h is LN(x) or x (M, C), W (F, C), g the gradient behind bias, dropout and drop-p
 
     y = h W^T + b        dh = g W        dW = g^T h        db = sum_rows g
 
-Forward tiles rows and features; the LayerNorm of a tile is redone per feature block from rows in cache. Backward is one launch
-whose programs take one of two roles, independent of each other: row tiles of dx, and (feature block, split of the rows)
-pieces of dW, which `reduction` adds up in order.
+Forward tiles rows and features; the LayerNorm of a tile is redone per feature block from rows in cache. Backward is one
+launch whose programs take one of two roles, independent of each other: row tiles of dx, and (feature block, split of
+the rows) pieces of dW, which `reduction` adds up in order.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def _hidden(x_ptr, rows, cols, mean, rstd, ln_weight_ptr, ln_bias_ptr, M, C: tl.
 
 
 @triton.jit
-def _product(x_ptr, rows, cols, ln_weight_ptr, ln_bias_ptr, weight_ptr, bias_ptr, M, eps, C: tl.constexpr, F: tl.constexpr,
-             BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
-             LAYERNORM: tl.constexpr, PRECISION: tl.constexpr):
+def _product(x_ptr, rows, cols, ln_weight_ptr, ln_bias_ptr, weight_ptr, bias_ptr, M, eps, C: tl.constexpr,
+             F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
+             BLOCK_K: tl.constexpr, LAYERNORM: tl.constexpr, PRECISION: tl.constexpr):
     """h W^T + b for one tile (BM, BLOCK_F), in fp32."""
     mean = tl.zeros((BLOCK_M,), tl.float32)
     rstd = mean
@@ -49,39 +49,39 @@ def _product(x_ptr, rows, cols, ln_weight_ptr, ln_bias_ptr, weight_ptr, bias_ptr
 
 
 @triton.jit(do_not_specialize=["M"])
-def layernorm_linear_fwd_kernel(x_ptr, ln_weight_ptr, ln_bias_ptr, weight_ptr, bias_ptr, out_ptr, M, eps, C: tl.constexpr,
-                                F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
-                                BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
+def layernorm_linear_fwd_kernel(x_ptr, ln_weight_ptr, ln_bias_ptr, weight_ptr, bias_ptr, out_ptr, M, eps,
+                                C: tl.constexpr, F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
+                                BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
     """out (M, F) = LN(x) W^T + b; one program per (rows, features) tile."""
     blocks: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
     pid = tl.program_id(0)
     rows = (pid // blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = pid % blocks * BLOCK_F + tl.arange(0, BLOCK_F)
-    y = _product(x_ptr, rows, cols, ln_weight_ptr, ln_bias_ptr, weight_ptr, bias_ptr, M, eps, C, F, BLOCK_M, BLOCK_F, BLOCK_C,
-                 BLOCK_K, True, PRECISION)
+    y = _product(x_ptr, rows, cols, ln_weight_ptr, ln_bias_ptr, weight_ptr, bias_ptr, M, eps, C, F, BLOCK_M, BLOCK_F,
+                 BLOCK_C, BLOCK_K, True, PRECISION)
     store(out_ptr, rows, cols, y, M, F)
 
 
 @triton.jit(do_not_specialize=["M", "rows_per_sample"])
-def linear_residual_fwd_kernel(x_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, seed_ptr, row_scale_ptr, M, rows_per_sample,
-                               C: tl.constexpr, F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
-                               BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, THRESHOLD: tl.constexpr,
-                               KEEP_SCALE: tl.constexpr, PRECISION: tl.constexpr):
+def linear_residual_fwd_kernel(x_ptr, weight_ptr, bias_ptr, residual_ptr, out_ptr, seed_ptr, row_scale_ptr, M,
+                               rows_per_sample, C: tl.constexpr, F: tl.constexpr, BLOCK_M: tl.constexpr,
+                               BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+                               THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr, PRECISION: tl.constexpr):
     """out (M, F) = residual + row_scale dropout(x W^T + b); one program per (rows, features) tile."""
     blocks: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
     pid = tl.program_id(0)
     rows = (pid // blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     first = pid % blocks * BLOCK_F
     cols = first + tl.arange(0, BLOCK_F)
-    y = _product(x_ptr, rows, cols, None, None, weight_ptr, bias_ptr, M, 0.0, C, F, BLOCK_M, BLOCK_F, BLOCK_C, BLOCK_K, False,
-                 PRECISION)
+    y = _product(x_ptr, rows, cols, None, None, weight_ptr, bias_ptr, M, 0.0, C, F, BLOCK_M, BLOCK_F, BLOCK_C, BLOCK_K,
+                 False, PRECISION)
     y = branch(y, seed_ptr, row_scale_ptr, rows, rows_per_sample, first, M, F, BLOCK_F, SITE, THRESHOLD, KEEP_SCALE)
     store(out_ptr, rows, cols, load(residual_ptr, rows, cols, M, F).to(tl.float32) + y, M, F)
 
 
 @triton.jit
-def _gradient(grad_ptr, seed_ptr, row_scale_ptr, rows, rows_per_sample, first, M, F: tl.constexpr, BLOCK_F: tl.constexpr,
-              THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr):
+def _gradient(grad_ptr, seed_ptr, row_scale_ptr, rows, rows_per_sample, first, M, F: tl.constexpr,
+              BLOCK_F: tl.constexpr, THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr):
     """g (BM, BLOCK_F), fp32: the output's gradient through drop-path and dropout."""
     g = load(grad_ptr, rows, first + tl.arange(0, BLOCK_F), M, F).to(tl.float32)
     return branch(g, seed_ptr, row_scale_ptr, rows, rows_per_sample, first, M, F, BLOCK_F, SITE, THRESHOLD, KEEP_SCALE)
@@ -92,7 +92,7 @@ def _dx_tiles(x_ptr, grad_ptr, ln_weight_ptr, weight_ptr, dx_ptr, vector_ptr, se
               rows_per_sample, eps, C: tl.constexpr, F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
               BLOCK_C: tl.constexpr, LAYERNORM: tl.constexpr, THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr,
               PRECISION: tl.constexpr):
-    """dx of row tiles pid, pid + programs, ...; and their sums of LayerNorm's gradients: vector[pid] = (dweight, dbias)."""
+    """dx of row tiles pid, pid + programs, ...; vector[pid] = sums of LayerNorm's (dweight, dbias)."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     cols = tl.arange(0, BLOCK_C)
     dln_weight = tl.zeros((BLOCK_C,), tl.float32)
@@ -118,8 +118,8 @@ def _dx_tiles(x_ptr, grad_ptr, ln_weight_ptr, weight_ptr, dx_ptr, vector_ptr, se
 
 
 @triton.jit
-def _dw_piece(x_ptr, grad_ptr, ln_weight_ptr, ln_bias_ptr, matrix_ptr, seed_ptr, row_scale_ptr, piece, rows_per_split, M,
-              rows_per_sample, eps, C: tl.constexpr, F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
+def _dw_piece(x_ptr, grad_ptr, ln_weight_ptr, ln_bias_ptr, matrix_ptr, seed_ptr, row_scale_ptr, piece, rows_per_split,
+              M, rows_per_sample, eps, C: tl.constexpr, F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
               BLOCK_C: tl.constexpr, LAYERNORM: tl.constexpr, BIAS: tl.constexpr, THRESHOLD: tl.constexpr,
               KEEP_SCALE: tl.constexpr, PRECISION: tl.constexpr):
     """matrix[split] = (dW, db) of one block of features over one split of the rows."""
@@ -138,7 +138,8 @@ def _dw_piece(x_ptr, grad_ptr, ln_weight_ptr, ln_bias_ptr, matrix_ptr, seed_ptr,
         if LAYERNORM:
             mean, rstd = row_statistics(x_ptr, rows, M, eps, C, BLOCK_C)
         h = _hidden(x_ptr, rows, cols, mean, rstd, ln_weight_ptr, ln_bias_ptr, M, C, LAYERNORM)  # (BM, BLOCK_C)
-        g = _gradient(grad_ptr, seed_ptr, row_scale_ptr, rows, rows_per_sample, first, M, F, BLOCK_F, THRESHOLD, KEEP_SCALE)
+        g = _gradient(grad_ptr, seed_ptr, row_scale_ptr, rows, rows_per_sample, first, M, F, BLOCK_F, THRESHOLD,
+                      KEEP_SCALE)
         dw = tl.dot(tl.trans(g.to(dtype)), h, dw, input_precision=PRECISION)
         db += tl.sum(g, 0)
     WIDTH: tl.constexpr = F * C + (F if BIAS else 0)
@@ -150,14 +151,16 @@ def _dw_piece(x_ptr, grad_ptr, ln_weight_ptr, ln_bias_ptr, matrix_ptr, seed_ptr,
 
 @triton.jit(do_not_specialize=["M", "rows_per_sample", "dx_programs", "rows_per_split"])
 def linear_bwd_kernel(x_ptr, grad_ptr, ln_weight_ptr, ln_bias_ptr, weight_ptr, dx_ptr, vector_ptr, matrix_ptr, seed_ptr,
-                      row_scale_ptr, M, rows_per_sample, eps, dx_programs, rows_per_split, C: tl.constexpr, F: tl.constexpr,
-                      BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr, LAYERNORM: tl.constexpr,
-                      BIAS: tl.constexpr, THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr, PRECISION: tl.constexpr):
+                      row_scale_ptr, M, rows_per_sample, eps, dx_programs, rows_per_split, C: tl.constexpr,
+                      F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
+                      LAYERNORM: tl.constexpr, BIAS: tl.constexpr, THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr,
+                      PRECISION: tl.constexpr):
     """dx (M, C) by the first `dx_programs` programs, pieces of dW and db by the others."""
     pid = tl.program_id(0)
     if pid < dx_programs:
-        _dx_tiles(x_ptr, grad_ptr, ln_weight_ptr, weight_ptr, dx_ptr, vector_ptr, seed_ptr, row_scale_ptr, pid, dx_programs, M,
-                  rows_per_sample, eps, C, F, BLOCK_M, BLOCK_F, BLOCK_C, LAYERNORM, THRESHOLD, KEEP_SCALE, PRECISION)
+        _dx_tiles(x_ptr, grad_ptr, ln_weight_ptr, weight_ptr, dx_ptr, vector_ptr, seed_ptr, row_scale_ptr, pid,
+                  dx_programs, M, rows_per_sample, eps, C, F, BLOCK_M, BLOCK_F, BLOCK_C, LAYERNORM, THRESHOLD,
+                  KEEP_SCALE, PRECISION)
     else:
         _dw_piece(x_ptr, grad_ptr, ln_weight_ptr, ln_bias_ptr, matrix_ptr, seed_ptr, row_scale_ptr, pid - dx_programs,
                   rows_per_split, M, rows_per_sample, eps, C, F, BLOCK_M, BLOCK_F, BLOCK_C, LAYERNORM, BIAS, THRESHOLD,

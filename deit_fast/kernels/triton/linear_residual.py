@@ -1,4 +1,4 @@
-"""residual + row_scale dropout(x W^T + b). For C <= 256 one kernel; wider, cuBLAS and one pass for all that follows it."""
+"""residual + row_scale dropout(x W^T + b). One kernel; wider, cuBLAS and one pass for all that follows it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import Tensor
 from deit_fast.reference.block import SITE_LINEAR_RESIDUAL
 
 from .common import cdiv, contiguous, dot_precision, dropout_arguments, launch, refusal, rows_per_sample
-from .linear import channels_per_step, forward_tiles, fused, linear_backward, only_needed, wide_weight_gradients, zero_gradients
+from .linear import (channels_per_step, forward_tiles, fused, linear_backward, only_needed, wide_weight_gradients,
+                     zero_gradients)
 from .linear_kernels import linear_residual_fwd_kernel
 from .rowwise import add_branch
 
@@ -37,7 +38,8 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, dr
     M = rows.shape[0]
     if not fused(x, C):
         y = torch.mm(rows, weight.to(x.dtype).t())
-        return add_branch(OP, y, bias, residual_rows, SITE_LINEAR_RESIDUAL, dropout_p, seed, row_scale, rows_per_sample(x)).view(residual.shape), []
+        return add_branch(OP, y, bias, residual_rows, SITE_LINEAR_RESIDUAL, dropout_p, seed, row_scale,
+                          rows_per_sample(x)).view(residual.shape), []
     out = residual.new_empty(residual.shape)
     if M:
         tiles = forward_tiles(M, C, F, x.element_size())
@@ -62,6 +64,6 @@ def backward(grad: Tensor, saved: list[Tensor], needs: list[bool], x: Tensor, we
         dx = torch.mm(g, weight.to(x.dtype)) if needs[0] else None
         dweight, dbias = wide_weight_gradients(g, rows, weight, bias) if any(needs[1:]) else (None, None)
     else:
-        dx, _, _, dweight, dbias = linear_backward(OP, g, rows, None, None, weight, bias, 0.0, dropout_p, seed, row_scale,
-                                                   rows_per_sample(x), needs[0], any(needs[1:]))
+        dx, _, _, dweight, dbias = linear_backward(OP, g, rows, None, None, weight, bias, 0.0, dropout_p, seed,
+                                                   row_scale, rows_per_sample(x), needs[0], any(needs[1:]))
     return only_needed(x, needs, [None if dx is None else dx.view(x.shape), dweight, dbias])

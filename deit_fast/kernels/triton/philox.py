@@ -1,8 +1,8 @@
 """Dropout masks inside kernels: Philox4x32-10, bit for bit those of `reference.philox.keep_mask`.
 
-One block of the cipher gives the words of four neighbouring elements. Where rows start at a multiple of four, a tile asks for a
-quarter as many blocks as it has elements (ten rounds are about 80 integer instructions); elsewhere every element runs its own.
-Triton's own `tl.philox` is the cipher; only the counters are ours.
+One block of the cipher gives the words of four neighbouring elements. Where rows start at a multiple of four, a tile
+asks for a quarter as many blocks as it has elements (ten rounds are about 80 integer instructions); elsewhere every
+element runs its own. Triton's own `tl.philox` is the cipher; only the counters are ours.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ def words_of(seed, block, SITE: tl.constexpr):
 
 
 @triton.jit
-def keep_tile(seed_ptr, rows, first, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SITE: tl.constexpr, THRESHOLD: tl.constexpr):
+def keep_tile(seed_ptr, rows, first, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SITE: tl.constexpr,
+              THRESHOLD: tl.constexpr):
     """Which elements of a tile dropout keeps: bool (BM, BLOCK).
 
     rows: (BM,) int64 rows of the logical (rows, WIDTH) tensor; first: the tile's first column, a multiple of BLOCK.

@@ -1,8 +1,8 @@
 """Sums of partial gradients, in a fixed order: each result bit is the same on every run.
 
-Backward programs each write the sums over their own rows, one row of an fp32 workspace per program: `matrix_ptr` (S, sum of the matrix
-gradients' sizes), `vector_ptr` (T, sum of the vectors'). One launch then adds them up for up to three gradients of each kind
-and rounds once.
+Backward programs each write the sums over their own rows, one row of an fp32 workspace per program: `matrix_ptr` (S,
+sum of the matrix gradients' sizes), `vector_ptr` (T, sum of the vectors'). One launch then adds them up for up to three
+gradients of each kind and rounds once.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Partials:
 
 
 @triton.jit
-def _sum(partial_ptr, out_ptr, block, count, START: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-         BLOCK: tl.constexpr):
+def _sum(partial_ptr, out_ptr, block, count, START: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
+         ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """out[block] = the sum over `count` rows of columns START + block of partial (count, WIDTH)."""
     cols = block * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -49,9 +49,9 @@ def _sum(partial_ptr, out_ptr, block, count, START: tl.constexpr, SIZE: tl.const
 
 @triton.jit(do_not_specialize=["S", "T"])
 def reduction_kernel(matrix_ptr, vector_ptr, out0_ptr, out1_ptr, out2_ptr, out3_ptr, out4_ptr, out5_ptr, S, T,
-                     SIZE0: tl.constexpr, SIZE1: tl.constexpr, SIZE2: tl.constexpr, SIZE3: tl.constexpr, SIZE4: tl.constexpr,
-                     SIZE5: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Gradients 0 to 2 from matrix_ptr (S, ...), 3 to 5 from vector_ptr (T, ...); one program per BLOCK elements of one."""
+                     SIZE0: tl.constexpr, SIZE1: tl.constexpr, SIZE2: tl.constexpr, SIZE3: tl.constexpr,
+                     SIZE4: tl.constexpr, SIZE5: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Gradients 0 to 2 from matrix_ptr (S, ...), 3 to 5 from vector_ptr (T, ...); BLOCK elements per program."""
     END0: tl.constexpr = (SIZE0 + BLOCK - 1) // BLOCK  # first block behind gradient 0, ...
     END1: tl.constexpr = END0 + (SIZE1 + BLOCK - 1) // BLOCK
     END2: tl.constexpr = END1 + (SIZE2 + BLOCK - 1) // BLOCK
@@ -86,9 +86,9 @@ def reduce(op: str, x: Tensor, matrix: Partials | None, vector: Partials | None)
     sizes = [0 if grad is None else grad.numel() for grad in grads]
     launch(op, reduction_kernel, sum(cdiv(size, BLOCK) for size in sizes), x,
            matrix_ptr=matrix and matrix.workspace, vector_ptr=vector and vector.workspace,
-           **{f"out{i}_ptr": grad for i, grad in enumerate(grads)}, **{f"SIZE{i}": size for i, size in enumerate(sizes)},
-           S=matrix.workspace.shape[0] if matrix else 0, T=vector.workspace.shape[0] if vector else 0, ROWS=ROWS, BLOCK=BLOCK,
-           num_warps=4)
+           **{f"out{i}_ptr": grad for i, grad in enumerate(grads)},
+           **{f"SIZE{i}": size for i, size in enumerate(sizes)}, S=matrix.workspace.shape[0] if matrix else 0,
+           T=vector.workspace.shape[0] if vector else 0, ROWS=ROWS, BLOCK=BLOCK, num_warps=4)
 
 
 def _padded(partials: Partials | None) -> list[Tensor | None]:

@@ -1,8 +1,8 @@
-"""What stands around cuBLAS where `linear.fused` says no (C > 256; fp32: C > 64): LayerNorm, GELU, dropout, drop-path and residual as row kernels.
+"""The row kernels around cuBLAS where `linear.fused` says no: LayerNorm, GELU, dropout, drop-path, residual.
 
-Past C = 256 the matrix products are large enough that cuBLAS beats a fused kernel on Hopper (flash-attention switches its own
-fused MLP off there); what is left to win is one pass instead of five over what lies between the products. One program takes one or
-more whole rows of LayerNorm, or a tile of an elementwise step.
+Past C = 256 cuBLAS is expected to beat a fused kernel on Hopper (flash-attention switches its own fused MLP off there;
+ours is not measured yet); what is left to win is one pass instead of five over what lies between the products. One
+program takes one or more whole rows of LayerNorm, or a tile of an elementwise step.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .common import cdiv, dropout_arguments, empty, launch, power_of_two
 from .reduction import Partials
-from .tiles import (affine, branch, gelu, gelu_gradient, layer_norm_gradient, load, load_vector, normalise, row_statistics,
-                    store)
+from .tiles import (affine, branch, gelu, gelu_gradient, layer_norm_gradient, load, load_vector, normalise,
+                    row_statistics, store)
 
 GRADIENT_PROGRAMS = 264  # of LayerNorm's backward: two per multiprocessor of an H100
 
@@ -26,13 +26,14 @@ def layer_norm_fwd_kernel(x_ptr, weight_ptr, bias_ptr, out_ptr, M, eps, C: tl.co
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_C)
     mean, rstd = row_statistics(x_ptr, rows, M, eps, C, BLOCK_C)
-    store(out_ptr, rows, cols, affine(normalise(x_ptr, rows, cols, mean, rstd, M, C), weight_ptr, bias_ptr, cols, C), M, C)
+    store(out_ptr, rows, cols, affine(normalise(x_ptr, rows, cols, mean, rstd, M, C), weight_ptr, bias_ptr, cols, C), M,
+          C)
 
 
 @triton.jit(do_not_specialize=["M", "programs"])
-def layer_norm_bwd_kernel(x_ptr, dh_ptr, residual_ptr, weight_ptr, dx_ptr, vector_ptr, M, programs, eps, C: tl.constexpr,
-                          BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
-    """dx (M, C) = LN's gradient of dh, plus the residual's where there is one; vector[pid] = sums of (dweight, dbias)."""
+def layer_norm_bwd_kernel(x_ptr, dh_ptr, residual_ptr, weight_ptr, dx_ptr, vector_ptr, M, programs, eps,
+                          C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+    """dx (M, C) = LN's gradient of dh, plus the residual's; vector[pid] = sums of (dweight, dbias)."""
     pid = tl.program_id(0)
     cols = tl.arange(0, BLOCK_C)
     dweight = tl.zeros((BLOCK_C,), tl.float32)
@@ -53,10 +54,10 @@ def layer_norm_bwd_kernel(x_ptr, dh_ptr, residual_ptr, weight_ptr, dx_ptr, vecto
 
 
 @triton.jit(do_not_specialize=["M", "rows_per_sample"])
-def branch_kernel(y_ptr, bias_ptr, residual_ptr, out_ptr, seed_ptr, row_scale_ptr, M, rows_per_sample, WIDTH: tl.constexpr,
-                  BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, SITE: tl.constexpr, THRESHOLD: tl.constexpr,
-                  KEEP_SCALE: tl.constexpr):
-    """out (M, WIDTH) = residual + row_scale dropout(y + bias), residual and bias where there are any; its gradient without."""
+def branch_kernel(y_ptr, bias_ptr, residual_ptr, out_ptr, seed_ptr, row_scale_ptr, M, rows_per_sample,
+                  WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, SITE: tl.constexpr,
+                  THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr):
+    """out (M, WIDTH) = residual + row_scale dropout(y + bias); without bias and residual, its own gradient."""
     blocks: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     pid = tl.program_id(0)
     rows = (pid // blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -79,7 +80,8 @@ def gelu_fwd_kernel(z_ptr, a_ptr, seed_ptr, M, WIDTH: tl.constexpr, BLOCK_M: tl.
     first = pid % blocks * BLOCK
     cols = first + tl.arange(0, BLOCK)
     a = gelu(load(z_ptr, rows, cols, M, WIDTH).to(tl.float32))
-    store(a_ptr, rows, cols, branch(a, seed_ptr, None, rows, 1, first, M, WIDTH, BLOCK, SITE, THRESHOLD, KEEP_SCALE), M, WIDTH)
+    store(a_ptr, rows, cols, branch(a, seed_ptr, None, rows, 1, first, M, WIDTH, BLOCK, SITE, THRESHOLD, KEEP_SCALE), M,
+          WIDTH)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -92,8 +94,8 @@ def gelu_bwd_kernel(z_ptr, da_ptr, a_ptr, seed_ptr, M, WIDTH: tl.constexpr, BLOC
     first = pid % blocks * BLOCK
     cols = first + tl.arange(0, BLOCK)
     z = load(z_ptr, rows, cols, M, WIDTH).to(tl.float32)
-    kept = branch(tl.full((BLOCK_M, BLOCK), 1.0, tl.float32), seed_ptr, None, rows, 1, first, M, WIDTH, BLOCK, SITE, THRESHOLD,
-                  KEEP_SCALE)
+    kept = branch(tl.full((BLOCK_M, BLOCK), 1.0, tl.float32), seed_ptr, None, rows, 1, first, M, WIDTH, BLOCK, SITE,
+                  THRESHOLD, KEEP_SCALE)
     store(a_ptr, rows, cols, gelu(z) * kept, M, WIDTH)
     dz = load(da_ptr, rows, cols, M, WIDTH).to(tl.float32) * kept * gelu_gradient(z)
     store(da_ptr, rows, cols, dz, M, WIDTH)
@@ -119,8 +121,8 @@ def layer_norm_backward(op: str, dh: Tensor, x: Tensor, weight: Tensor, bias: Te
     programs = min(cdiv(M, tiles["BLOCK_M"]), GRADIENT_PROGRAMS)
     dx = x.new_empty(x.shape)
     vector = Partials.empty(x, programs, (empty(weight), empty(weight if bias is None else bias)))
-    launch(op, layer_norm_bwd_kernel, programs, x, x_ptr=x, dh_ptr=dh, residual_ptr=residual, weight_ptr=weight, dx_ptr=dx,
-           vector_ptr=vector.workspace, M=M, programs=programs, eps=eps, **tiles)
+    launch(op, layer_norm_bwd_kernel, programs, x, x_ptr=x, dh_ptr=dh, residual_ptr=residual, weight_ptr=weight,
+           dx_ptr=dx, vector_ptr=vector.workspace, M=M, programs=programs, eps=eps, **tiles)
     return dx, vector
 
 
@@ -129,16 +131,18 @@ def _elementwise_tiles(y: Tensor) -> tuple[int, dict[str, int]]:
     M, WIDTH = y.shape
     BLOCK = min(256, power_of_two(WIDTH))
     BLOCK_M = 2048 // BLOCK
-    return cdiv(M, BLOCK_M) * cdiv(WIDTH, BLOCK), {"M": M, "WIDTH": WIDTH, "BLOCK_M": BLOCK_M, "BLOCK": BLOCK, "num_warps": 4}
+    return cdiv(M, BLOCK_M) * cdiv(WIDTH, BLOCK), {"M": M, "WIDTH": WIDTH, "BLOCK_M": BLOCK_M, "BLOCK": BLOCK,
+                                                   "num_warps": 4}
 
 
-def add_branch(op: str, y: Tensor, bias: Tensor | None, residual: Tensor | None, site: int, dropout_p: float, seed: Tensor | None,
-               row_scale: Tensor | None, rows_per_sample: int) -> Tensor:
+def add_branch(op: str, y: Tensor, bias: Tensor | None, residual: Tensor | None, site: int, dropout_p: float,
+               seed: Tensor | None, row_scale: Tensor | None, rows_per_sample: int) -> Tensor:
     """residual + row_scale dropout(y + bias) for y (M, F); without bias and residual, the gradient of that by y."""
     out = y.new_empty(y.shape)
     programs, tiles = _elementwise_tiles(y)
-    launch(op, branch_kernel, programs, y, y_ptr=y, bias_ptr=bias, residual_ptr=residual, out_ptr=out, row_scale_ptr=row_scale,
-           rows_per_sample=rows_per_sample, SITE=site, **tiles, **dropout_arguments(dropout_p, seed))
+    launch(op, branch_kernel, programs, y, y_ptr=y, bias_ptr=bias, residual_ptr=residual, out_ptr=out,
+           row_scale_ptr=row_scale, rows_per_sample=rows_per_sample, SITE=site, **tiles,
+           **dropout_arguments(dropout_p, seed))
     return out
 
 
@@ -154,5 +158,6 @@ def gelu_dropout_backward(op: str, z: Tensor, da: Tensor, site: int, dropout_p: 
     """dropout(gelu(z)) (M, F) once more; da (M, F) becomes dz in place."""
     a = z.new_empty(z.shape)
     programs, tiles = _elementwise_tiles(z)
-    launch(op, gelu_bwd_kernel, programs, z, z_ptr=z, da_ptr=da, a_ptr=a, SITE=site, **tiles, **dropout_arguments(dropout_p, seed))
+    launch(op, gelu_bwd_kernel, programs, z, z_ptr=z, da_ptr=da, a_ptr=a, SITE=site, **tiles,
+           **dropout_arguments(dropout_p, seed))
     return a

@@ -1,7 +1,7 @@
 """The pieces that the row kernels are made of: tiles of rows in and out, LayerNorm and its gradient, GELU, dropout.
 
-A tile is (BM rows, BLOCK columns); rows are int64 (a batch of 224-pixel images passes 2^31 elements early), columns beyond the
-width read zero. Statistics and everything between two products are fp32.
+A tile is (BM rows, BLOCK columns); rows are int64 (a batch of 224-pixel images passes 2^31 elements early), columns
+beyond the width read zero. Statistics and everything between two products are fp32.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from .philox import keep_tile
 @triton.jit
 def load(ptr, rows, cols, M, WIDTH: tl.constexpr):
     """A tile (BM, BLOCK) of a row-major (M, WIDTH) tensor, zero outside it."""
-    return tl.load(ptr + rows[:, None] * WIDTH + cols[None, :], mask=(rows < M)[:, None] & (cols < WIDTH)[None, :], other=0.0)
+    return tl.load(ptr + rows[:, None] * WIDTH + cols[None, :], mask=(rows < M)[:, None] & (cols < WIDTH)[None, :],
+                   other=0.0)
 
 
 @triton.jit

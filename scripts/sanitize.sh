@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Runs the parity suite and the random calls against CPU kernels built with AddressSanitizer and UBSan, in a copy of the
+# repository, so that the build in place stays as it is. Takes about 20 minutes on 2 cores.
+#
+#   scripts/sanitize.sh [isa ...]      default: the set that the processor would use, and generic
+#   PYTHON=...                         the interpreter (python3)
+set -euo pipefail
+
+root=$(cd "$(dirname "$0")/.." && pwd)
+python=${PYTHON:-python3}
+copy=$(mktemp -d)
+trap 'rm -rf "$copy"' EXIT
+cp -r "$root"/{setup.py,pyproject.toml,README.md,csrc,deit_fast,tests} "$copy"
+rm -f "$copy"/deit_fast/_c*.so
+
+cd "$copy"
+CXX="g++ -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer" CXXFLAGS="-O1 -g1" DEIT_FAST_CUDA=0 \
+    "$python" setup.py build_ext --inplace
+
+# The interpreter itself is not instrumented: the runtime comes first by preloading, and its leaks are not ours.
+export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)"
+export ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$copy
+for isa in "${@:-}" generic; do
+    echo "== ${isa:-the best instruction set}"
+    DEIT_FAST_CPU_ISA=$isa DEIT_FAST_REQUIRE= "$python" -m pytest -q -p no:cacheprovider tests/test_parity.py \
+        -k "cpu and test_eager and not augment"
+    DEIT_FAST_CPU_ISA=$isa "$python" -m pytest -q -p no:cacheprovider tests/test_cpu_kernels.py -k "random or masks or threads"
+done

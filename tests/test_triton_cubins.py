@@ -1,0 +1,178 @@
+"""The Triton kernels compiled for real GPUs on a machine that has none: what the launchers choose must fit the chip.
+
+`scripts/cubins.py` runs the launchers on `meta` tensors and compiles what they would launch; it prints the full matrix,
+this file keeps one size per kernel and architecture, the report's size in every dtype, and DeiT-Ti at 224.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+
+import cubins  # noqa: E402
+
+from deit_fast.backend import BackendError  # noqa: E402
+from deit_fast.kernels.triton import (INTERPRETED, attention, attention_kernels, common,  # noqa: E402
+                                      distillation_loss, layernorm_mlp, linear, linear_kernels, mlp_kernels, reduction,
+                                      rowwise)
+from deit_fast.kernels.triton.common import Launch, cdiv  # noqa: E402
+from triton.runtime.errors import OutOfResources  # noqa: E402
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1: this process interprets and cannot compile")
+
+NANO = "deit_nano_distilled_patch4_32"
+TINY, SMALL = "deit_tiny_distilled_patch16_224", "deit_small_distilled_patch16_224"
+ALL_OPS = ["layernorm_linear", "attention", "linear_residual", "layernorm_mlp", "distillation_loss"]
+KERNEL_MODULES = (attention_kernels, linear_kernels, mlp_kernels, rowwise, reduction, distillation_loss)
+
+
+def launches(preset: str, dtype: str, names: list[str] = ALL_OPS) -> list[Launch]:
+    """The distinct kernels of a training step."""
+    found = {}
+    for op, call in cubins.block_calls(preset, dtype).items():
+        if op in names:
+            found.update({cubins.specialisation(launch): launch for launch in cubins.launches_of(op, call)})
+    return list(found.values())
+
+
+def large_loss_launches() -> list[Launch]:
+    """The loss at ImageNet's batch, where its parts are added up by a second launch."""
+    return cubins.launches_of("distillation_loss", cubins.block_calls(TINY, "bf16", batch=1024)["distillation_loss"])
+
+
+def check(launch: Launch, arch: int, most_stack: float) -> None:
+    """Compiles, fits into shared memory, and spills at most `most_stack` bytes per thread."""
+    usage = cubins.compile_launch(launch, arch)
+    name = f"{launch.kernel.__name__} on sm_{arch}"
+    assert usage.shared <= cubins.SHARED_LIMIT[arch], f"{name}: {usage}"
+    assert usage.stack <= most_stack, f"{name} spills: {usage}"
+
+
+def forward_spills_nothing(launch: Launch) -> float:
+    """0 bytes for a forward kernel; a backward kernel may spill, which scripts/cubins.py prints."""
+    return float("inf") if "bwd" in launch.kernel.__name__ else 0
+
+
+@pytest.mark.parametrize("dtype", cubins.DTYPES)
+def test_report_size_on_hopper(dtype: str) -> None:
+    """Every kernel of the report's training step compiles for sm_90 in every dtype and spills nothing.
+
+    Triton 3.6 leaves 8 bytes in fp32's attention backward, 3.8 none.
+    """
+    for launch in launches(NANO, dtype):
+        check(launch, 90, 8 if dtype == "fp32" else 0)
+
+
+@pytest.mark.parametrize("arch", [80, 100])
+def test_every_kernel_on_other_chips(arch: int) -> None:
+    """One specialisation of every kernel, bf16; 16-bit forward kernels do not spill."""
+    seen = {}
+    for launch in [*launches(NANO, "bf16"), *launches(SMALL, "bf16"), *large_loss_launches()]:
+        seen.setdefault(launch.kernel.__name__, launch)
+    for launch in seen.values():
+        check(launch, arch, forward_spills_nothing(launch))
+
+
+def test_deit_tiny_on_hopper() -> None:
+    """DeiT-Ti at 224 pixels (C = 192, no power of two) in bf16 on sm_90."""
+    for launch in launches(TINY, "bf16", ["layernorm_linear", "attention", "linear_residual", "layernorm_mlp"]):
+        if launch.kernel.__name__ != "reduction_kernel":
+            check(launch, 90, forward_spills_nothing(launch))
+
+
+def test_deit_small_on_hopper() -> None:
+    """The kernels around cuBLAS, with and without dropout's Philox, on sm_90."""
+    for launch in [*launches(SMALL, "bf16", ["layernorm_linear", "linear_residual", "layernorm_mlp"]),
+                   *large_loss_launches()]:
+        check(launch, 90, forward_spills_nothing(launch))
+
+
+def test_attention_dropout_on_hopper() -> None:
+    """Attention's own dropout, which no preset switches on."""
+    qkv, heads, *_ = cubins.block_calls(NANO, "bf16")["attention"]
+    for launch in cubins.launches_of("attention",
+                                     (qkv, heads, None, 0.1, torch.empty((), dtype=torch.int64, device="meta"))):
+        check(launch, 90, forward_spills_nothing(launch))
+
+
+def test_no_kernel_is_left_out() -> None:
+    """The launches compiled above are of all kernels that exist."""
+    existing = {name for module in KERNEL_MODULES for name in vars(module) if name.endswith("_kernel")}
+    compiled = {launch.kernel.__name__ for launch in [*launches(NANO, "bf16"), *launches(SMALL, "bf16"),
+                                                      *large_loss_launches()]}
+    assert existing == compiled
+
+
+class _TooLarge:
+    """A kernel that Triton cannot fit into this chip."""
+
+    __name__ = "too_large_kernel"
+
+    def __getitem__(self, grid: tuple[int, ...]) -> object:
+        def launch(**arguments: object) -> None:
+            raise OutOfResources(300_000, 232_448, "shared memory")
+        return launch
+
+
+def test_a_kernel_that_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The call that meets it raises; from then on the op's why_not gives the reason, and the next backend serves."""
+    monkeypatch.setattr(common, "FAILED", {})
+    with pytest.raises(BackendError, match="Triton .* could not compile too_large_kernel here: out of resource"):
+        common.launch("attention", _TooLarge(), 1, torch.empty(1))
+    monkeypatch.setattr(common, "INTERPRETED", True)  # so that a tensor on the CPU is not the reason
+    assert "too_large_kernel" in attention.why_not(torch.empty(1, 2, 24), 2, None, 0.0, None)
+    assert layernorm_mlp.why_not(torch.empty(1, 2, 8), *[None] * 6, 1e-6, 0.0, None, None) is None
+
+
+def test_no_programs_no_launch() -> None:
+    """An empty batch launches nothing."""
+    with common.recording() as found:
+        common.launch("attention", _TooLarge(), 0, torch.empty(0))
+    assert found == []
+    common.launch("attention", _TooLarge(), 0, torch.empty(0))
+
+
+WIDTHS = [1, 8, 17, 63, 64, 65, 100, 128, 192, 200, 256]
+ROWS = [1, 2, 33, 500, 4224, 12672, 67584, 1_000_000]
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("C", WIDTHS)
+def test_row_tiles(C: int, itemsize: int) -> None:
+    """Tiles are powers of two, cover the width, are no larger than the work, and fit into registers."""
+    for M in ROWS:
+        for F in (1, 10, C, 3 * C, 4 * C, 1000):
+            for choose in (linear.forward_tiles, linear.backward_tiles, layernorm_mlp.forward_tiles,
+                           layernorm_mlp.backward_tiles):
+                tiles = choose(M, C, F, itemsize)
+                for block in (tiles.BLOCK_M, tiles.BLOCK_F, tiles.BLOCK_C):
+                    assert block >= 16 and block & (block - 1) == 0, (choose, M, C, F, tiles)
+                assert tiles.BLOCK_C >= C and tiles.BLOCK_M < 2 * max(16, M) and tiles.BLOCK_F < 2 * max(16, F)
+                assert tiles.BLOCK_M * max(tiles.BLOCK_C, tiles.BLOCK_F) <= 64 * 32 * tiles.num_warps * 2
+            splits, rows = linear.row_splits(M, cdiv(F, 64), 32)
+            assert rows % 32 == 0 and splits * rows >= M > (splits - 1) * rows
+            assert splits == 1 or splits * cdiv(F, 64) <= linear.PROGRAMS
+
+
+@pytest.mark.parametrize("D", [1, 8, 15, 16, 32, 64, 80, 128, 256])
+def test_attention_tiles(D: int) -> None:
+    """Every sequence is covered, the presets' with a tail of 16; one backward kernel serves the report's."""
+    for itemsize in (2, 4):
+        for N in (1, 2, 15, 16, 17, 64, 65, 66, 127, 128, 129, 196, 197, 198, 255, 256, 257, 1025):
+            shapes = [attention.forward_shape(N, D, itemsize), attention.backward_shape(N, D, itemsize),
+                      attention.split_backward_shape(N, D, itemsize)]
+            for shape in filter(None, shapes):
+                assert shape.FULL + shape.TAIL >= N and shape.FULL % shape.BLOCK_N == 0, (N, shape)
+                assert shape.TAIL & (shape.TAIL - 1) == 0 and (shape.TAIL == 0 or shape.TAIL >= 16), (N, shape)
+    for N, keys in ((66, 80), (65, 80), (198, 208), (197, 208)):
+        shape = attention.forward_shape(N, 64, 2)
+        assert shape.FULL + shape.TAIL == keys
+    assert attention.backward_shape(66, 8, 2) is not None and attention.backward_shape(66, 8, 4) is not None
+    assert attention.backward_shape(1025, 64, 2) is None

@@ -54,6 +54,7 @@ void bind_gemm_ops(pybind11::module_& m);  // layernorm_linear, linear_residual,
 void bind_attention(pybind11::module_& m);
 
 PYBIND11_MODULE(DEIT_FAST_MODULE, m) {
+    m.attr("interface") = 1;  // as in deit_fast/kernels/cpu/__init__.py; counts up when what is defined here changes
     m.def("supported_isas", &supported_isas);
     bind_attention(m);
     m.def("augment_workspace", &augment_workspace);

@@ -42,9 +42,9 @@ class Job:
     seed: key of the first batch's dropout masks when the fused ops draw them, None for PyTorch's own dropout.
     mixing_off: the epoch, counted from 0, from which MixUp and CutMix are off; 0: never.
     title: what the progress lines begin with.
-    remedy: what to do when the loss is not finite.
     teacher_logits: (epoch, start) -> the logits (B, K) of each batch from `start` on, handed to the objective; None: it
         asks its teacher itself.
+    remedy: what to do when the loss is not finite.
     """
 
     name: str
@@ -60,8 +60,8 @@ class Job:
     ema: ModelEma | None = None
     mixing_off: int = 0
     title: str = ""
-    remedy: str = "Lower --lr, or limit gradients with --clip-grad 1.0."
     teacher_logits: Callable[[int, int], Iterator[Tensor]] | None = None
+    remedy: str = "Lower --lr, or limit gradients with --clip-grad 1.0."
 
 
 def check_resumable(path: Path, state: dict, name: str, num_classes: int, settings: dict) -> None:

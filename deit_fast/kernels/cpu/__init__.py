@@ -14,6 +14,7 @@ from types import ModuleType
 
 import torch  # noqa: F401  (first, for its OpenMP library)
 
+INTERFACE = 1  # of csrc/cpu/bindings.cpp, as the launchers know it
 ISAS = ("amx", "avx512bf16", "avx512", "avx2", "generic")
 
 
@@ -25,7 +26,10 @@ def _load(forced: str | None) -> tuple[ModuleType | None, str | None, str | None
     """(module, isa, None), or (None, None, reason)."""
     if not _built("generic"):
         return None, None, "the CPU extension is not built: install a C++ compiler and run `pip install -e .` again"
-    supported = importlib.import_module("deit_fast._cpu_generic").supported_isas()
+    generic = importlib.import_module("deit_fast._cpu_generic")
+    if getattr(generic, "interface", 0) != INTERFACE:
+        return None, None, "the CPU extension was built from other sources: run `pip install -e .` again"
+    supported = generic.supported_isas()
     usable = [isa for isa in supported if _built(isa)]
     if forced and forced not in usable:
         return None, None, f"DEIT_FAST_CPU_ISA={forced} cannot be served: usable here: {', '.join(usable)}"

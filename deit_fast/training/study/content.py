@@ -273,4 +273,7 @@ def _ablation(name: str, outcomes: list[Outcome]) -> list[Block]:
         "tau": "Temperature, tau",
     }[name]
     base = next(o for o in outcomes if o.variant.name == DEIT.name)
-    return [Heading(2, f"Ablation: {title}"), tables.ablation_table(outcomes, base)]
+    c = base.results[0].run.config.distillation
+    value = {"alpha": f" (alpha {c.distillation_alpha:g})", "tau": f" (tau {c.distillation_tau:g})"}.get(name, "")
+    table = tables.ablation_table(outcomes, base, f"{base.variant.label}{value}")
+    return [Heading(2, f"Ablation: {title}"), table]

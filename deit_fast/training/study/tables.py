@@ -132,17 +132,16 @@ def tokens_verdict(inspections: Mapping[str, Sequence[Inspection]]) -> str:
     return " ".join(parts)
 
 
-def ablation_table(outcomes: Sequence[Outcome], base: Outcome) -> Table:
+def ablation_table(outcomes: Sequence[Outcome], base: Outcome, base_label: str) -> Table:
     """Test metrics of every variant at its best epoch, and its top-1 against that of the base."""
     rows = []
     for outcome in outcomes:
         top1 = outcome.metric("top1", "best")
-        against = (
-            "" if outcome.variant.name == base.variant.name else f"{top1.mean - base.metric('top1', 'best').mean:+.3f}"
-        )
+        is_base = outcome.variant.name == base.variant.name
+        against = "" if is_base else f"{top1.mean - base.metric('top1', 'best').mean:+.3f}"
         rows.append(
             [
-                outcome.variant.label,
+                base_label if is_base else outcome.variant.label,
                 top1.text(),
                 against,
                 outcome.metric("f1", "best").text(),

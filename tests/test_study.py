@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -53,8 +55,17 @@ FIGURES = (
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Weights are equal to the bit only under equal thread counts, and `--jobs` divides the threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory) -> Path:
+def smoke(tmp_path_factory, _one_thread) -> Path:
     folder = tmp_path_factory.mktemp("study")
     assert main([*TINY, "--jobs", "2", "--output-dir", str(folder)]) == 0
     return folder
@@ -189,7 +200,8 @@ def test_stopped_and_continued(smoke, tmp_path, capsys, signum):
     """A study killed or stopped in its second run goes on there, and its weights are those of an undisturbed one."""
     flags = [*TINY, "--models", "report-vit,report-deit", "--ablation", "none", "--checkpoint-interval", "2"]
     command = [sys.executable, "-m", "deit_fast.study", *flags, "--output-dir", str(tmp_path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})
     last = tmp_path / "runs" / "report-deit" / "seed0" / "last.pt"
     while not last.exists():
         assert process.poll() is None, process.stdout.read()

@@ -5,9 +5,10 @@ second run with the same data finds it. Its folder is that of any run: `last.pt`
 `metrics.csv` says how it went, and `done.pt` is the teacher. Its seed is the data seed, so that students of several
 seeds share one teacher.
 
-Recipe: SGD with Nesterov momentum 0.9, cosine from `--teacher-lr` to 0 after half an epoch of warmup, weight decay
-5e-4, crop with padding 4 and flips: the usual ResNet recipe on CIFAR. Pretrained weights start at a tenth of the
-learning rate.
+Recipe: SGD with Nesterov momentum 0.9, cosine from `--teacher-lr` to 0 after a warmup over a fifth of the epochs (at least
+half of one), weight decay 5e-4, crop with padding 4 and flips. The default rate suits short trainings and small sets: on the
+digits (10 batches an epoch, 10 epochs) ResNet-50 reached .96 validation top-1 at 0.02 and .23 at 0.1. Pretrained weights
+start at a tenth of it.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ def _recipe(config: Config, data: ImageData, stem: str) -> dict:
     return {"fingerprint": data.fingerprint, "model": c.teacher_model, "stem": stem, "weights": c.teacher_weights,
             "epochs": c.teacher_epochs, "lr": c.teacher_lr, "batch_size": c.teacher_batch_size,
             "input_size": c.teacher_input_size, "seed": config.data.data_seed,
-            "amp": config.run.amp_dtype if config.run.amp else None, "version": 1}
+            "amp": config.run.amp_dtype if config.run.amp else None, "version": 2}
 
 
 def _key(recipe: dict) -> str:
@@ -157,7 +158,7 @@ def _train(config: Config, data: ImageData, stem: str, recipe: dict, folder: Pat
     if config.run.channels_last:
         model = model.to(memory_format=torch.channels_last)
     optim = OptimConfig(epochs=c.teacher_epochs, opt="sgd", lr=c.teacher_lr * (1.0 if pretrained is None else 0.1),
-                        sched="cosine", warmup_epochs=0.5, warmup_lr=0.0, min_lr=0.0, weight_decay=5e-4)
+                        sched="cosine", warmup_epochs=max(0.5, 0.2 * c.teacher_epochs), warmup_lr=0.0, min_lr=0.0, weight_decay=5e-4)
     run = replace(config.run, output_dir=str(folder), torchcompile=False, eval_metric="top1")
     train = TrainLoader(data.train, Recipe(crop_pad=4, hflip=0.5 if data.flips else 0.0), data.mean, data.std,
                         len(data.classes), _batch_size(config, data), data_seed=config.data.data_seed, device=device,

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from deit_fast.study import main
-from deit_fast.training.config import to_dict
+from deit_fast.training.config import to_dict, warnings
 from deit_fast.training.study.runs import config_of, planned, runs_of, variants_of
 from deit_fast.training.study.settings import ABLATIONS, parse
 
@@ -259,6 +259,12 @@ def test_flags_reach_the_runs_that_they_mean():
         all(c["lr"] == 0.002 for c in runs.values()) and aug["teacher_lr"] == 0.2 and runs["report-vit", 1]["seed"] == 1
     )
     assert runs["only-jitter", 1]["color_jitter"] == 0.4 and runs["no-jitter", 1]["color_jitter"] == 0.0
+
+
+def test_warnings_are_about_what_somebody_gave():
+    assert not [text for run in planned(parse([])) for text in warnings(run.config)]
+    (vit,) = planned(parse(["--models", "report-vit", "--seeds", "0", "--amp-dtype", "float16"]))
+    assert warnings(vit.config) == ["--amp-dtype has no effect: --amp is off."]
 
 
 @pytest.mark.parametrize("ablation", ABLATIONS)

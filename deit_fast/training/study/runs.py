@@ -6,7 +6,7 @@ study's folder. Ablations reuse the runs of the three models wherever a point of
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +138,8 @@ def config_of(variant: Variant, seed: int, study: Study) -> Config:
         "teacher_logits": "stored",
         "resume": "auto",
     }
-    return from_dict({**changes, **variant.changes, **fixed})
+    config = from_dict({**changes, **variant.changes, **fixed})
+    return replace(config, explicit=config.explicit & study.changes.keys())  # warnings are for what somebody gave
 
 
 def runs_of(variants: list[Variant], study: Study) -> list[Run]:

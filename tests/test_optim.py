@@ -208,6 +208,96 @@ class TestSchedule:
         assert optim.Schedule(config(), 10, 64).describe() == "learning rate 0.001, constant, 200 optimizer steps"
 
     def test_set_keeps_the_tensor(self):
+        """A recorded step reads the learning rate where it lies, in every group."""
+        optimizer = optim.create_optimizer(Model(), config())
+        rates = [group["lr"] for group in optimizer.param_groups]
+        for value in (0.25, torch.tensor(0.3, dtype=torch.float64)):
+            optim.set_lr(optimizer, value)
+            assert all(group["lr"] is rate for group, rate in zip(optimizer.param_groups, rates, strict=True))
+            assert {rate.item() for rate in rates} == {float(value)}, "rounded"
+
+    def test_bad_arguments(self):
+        with pytest.raises(ValueError, match="adam, adamw or sgd, got 'lamb'"):
+            optim.create_optimizer(Model(), config(opt="lamb"))
+        with pytest.raises(ValueError, match="no trainable parameters"):
+            optim.create_optimizer(Model().requires_grad_(False), config())
+
+    @pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+    def test_resume_is_bit_exact(self, name, tmp_path):
+        torch.manual_seed(0)
+        model = Model()
+        optimizer = optim.create_optimizer(model, config(opt=name))
+        train(model, optimizer, 3)
+        checkpoint.save(tmp_path / "a.pt", {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+        train(model, optimizer, 3, seed=1)
+
+        state = checkpoint.load(tmp_path / "a.pt")
+        resumed = Model()
+        resumed.load_state_dict(state["model"])
+        again = optim.create_optimizer(resumed, config(opt=name))
+        optim.load_optimizer(again, state["optimizer"])
+        train(resumed, again, 3, seed=1)
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, resumed.state_dict()[key]), key
+
+    def test_loading_keeps_the_settings_of_this_run(self):
+        saved = optim.create_optimizer(Model(), config(lr=0.5))
+        for group in saved.param_groups:
+            group["fused"] = None
+        state = saved.state_dict()
+        optimizer = optim.create_optimizer(Model(), config(lr=0.1))
+        rate = torch.tensor(0.1)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optim.load_optimizer(optimizer, state)
+        assert all(group["lr"] is rate and group["fused"] for group in optimizer.param_groups)
+
+    def test_loading_another_model_is_refused(self):
+        state = optim.create_optimizer(nn.Linear(2, 2), config()).state_dict()
+        with pytest.raises(CheckpointError, match=r"sizes \[1, 1\]"):
+            optim.load_optimizer(optim.create_optimizer(Model(), config()), state)
+
+
+class TestSchedule:
+    def test_constant_is_the_default(self):
+        schedule = optim.Schedule(config(), 10, 64)
+        assert {schedule.lr(step) for step in range(200)} == {1e-3}
+
+    def test_cosine_with_warmup(self):
+        cfg = config(sched="cosine", epochs=10, warmup_epochs=1.5, lr=1.0, warmup_lr=0.1, min_lr=0.01)
+        schedule = optim.Schedule(cfg, 10, 64)
+        rates = [schedule.lr(step) for step in range(100)]
+        assert rates[0] == 0.1 and rates[5] == pytest.approx(0.1 + 0.9 * 5 / 15) and rates[15] == 1.0
+        assert rates[99] == pytest.approx(0.01)  # min_lr is reached at the last step, not one later
+        assert rates[57] == pytest.approx(0.505)  # half way between 15 and 99
+        assert rates[:16] == sorted(rates[:16]) and rates[15:] == sorted(rates[15:], reverse=True)
+        assert len(set(rates)) == 100  # per step, not per epoch
+        assert schedule.lr(5000) == rates[99]
+
+    def test_step(self):
+        schedule = optim.Schedule(config(sched="step", epochs=9, lr=1.0, decay_epochs=3.0, decay_rate=0.5), 7, 64)
+        assert [schedule.lr(step) for step in (0, 20, 21, 41, 42, 62)] == [1, 1, 0.5, 0.5, 0.25, 0.25]
+        tenths = optim.Schedule(config(sched="step", lr=1.0, decay_epochs=1.1, decay_rate=0.5), 390, 64)
+        assert [tenths.lr(step) for step in (428, 429, 857, 858)] == [1, 0.5, 0.5, 0.25]
+
+    @pytest.mark.parametrize("sched", optim.SCHEDULES)
+    @pytest.mark.parametrize(("epochs", "warmup", "steps"), [(1, 0.0, 1), (1, 1.0, 1), (1, 5.0, 3), (2, 2.0, 4)])
+    def test_tiny_runs(self, sched, epochs, warmup, steps):
+        schedule = optim.Schedule(config(sched=sched, epochs=epochs, warmup_epochs=warmup), steps, 64)
+        assert all(0 < schedule.lr(step) <= 1e-3 for step in range(epochs * steps + 2))
+
+    def test_scaling_follows_deit(self):
+        cfg = config(unscale_lr=False, lr=5e-4, grad_accum_steps=4, sched="cosine", warmup_epochs=5.0)
+        schedule = optim.Schedule(cfg, 100, 256)
+        assert schedule.effective_lr == pytest.approx(1e-3)
+        assert schedule.lr(0) == 1e-6 and schedule.lr(1999) == pytest.approx(1e-5)  # these two are not scaled
+        assert schedule.describe() == (
+            "learning rate 0.001 (0.0005 x batch 256 x accumulation 4 / 512), cosine to 1e-05, "
+            "linear warmup from 1e-06 over 500 steps, 2000 optimizer steps"
+        )
+        assert optim.Schedule(config(), 10, 64).describe() == "learning rate 0.001, constant, 200 optimizer steps"
+
+    def test_set_keeps_the_tensor(self):
         optimizer = optim.create_optimizer(Model(), config())
         rate = torch.tensor(0.0)
         optimizer.param_groups[0]["lr"] = rate
@@ -318,7 +408,7 @@ def test_captured_step_follows_the_schedule(name):
 
         stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         for index in range(10):
-            schedule.set(optimizer, index)
+            optim.set_lr(optimizer, schedule.lr(index))
             batch.copy_(batches[index])
             torch.cuda.synchronize()
             if captured and index == 3:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import io
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -164,8 +165,8 @@ def test_started_within_an_epoch(data):
     """From batch 4 on, as a resumed run does: the rows are those of the later batches."""
     case = dict(grad_accum_steps=2, ema=True, sched="cosine")
     with backends(CPU, seeded=False):
-        (eager, _), (graphed, _) = (make(data, graphed=which, **case) for which in (False, True))
-        assert train(eager, 4) == train(graphed, 4)
+        eager, graphed = (train(make(data, graphed=which, **case)[0], 4) for which in (False, True))
+    assert eager == graphed and len(eager) == 16
 
 
 def test_syncs_in_a_step_cannot_be_recorded(data):
@@ -186,10 +187,11 @@ def test_syncs_in_a_step_cannot_be_recorded(data):
 
 def test_reference_augmentation_copies_nothing_from_the_host(data, monkeypatch):
     """Plain PyTorch serves `augment` on GPUs, where its constants must not come from host memory."""
-    monkeypatch.setattr("deit_fast.ops.augment.check_values", lambda *_: None)  # reads values, on a CPU only
+    module = sys.modules["deit_fast.ops.augment"]  # under this name the package has the op
+    monkeypatch.setattr(module, "check_values", lambda *_: None)  # reads values, on a CPU only
     with deit_fast.use_backend("reference"):
-        (eager, _), (graphed, _) = (make(data, graphed=which) for which in (False, True))
-        assert train(eager) == train(graphed)
+        eager, graphed = (train(make(data, graphed=which)[0]) for which in (False, True))
+    assert eager == graphed
 
 
 def test_row_holds_every_tensor():
@@ -241,7 +243,7 @@ def test_command_with_and_without(on_tapes, tmp_path, monkeypatch, capsys):
     class Stop(Exception):
         pass
 
-    for folder, first, then in (("a", [], ["--no-cuda-graphs"]), ("b", ["--no-cuda-graphs"], []), ("c", [], [])):
+    for folder, first, then in (("a", [], []), ("b", ["--no-cuda-graphs"], [])):
         output, steps = str(tmp_path / folder), iter(range(100))
         tick = "deit_fast.training.progress.Progress.tick"
 
@@ -254,7 +256,7 @@ def test_command_with_and_without(on_tapes, tmp_path, monkeypatch, capsys):
             with pytest.raises(Stop):
                 main([*RICH, "--output-dir", output, *first])
         assert main([*RICH, "--output-dir", output, *then, "--resume"]) == 0
-        assert "0 epochs and 8 of 10 steps done" in capsys.readouterr().out
+        assert "0 epochs and 6 of 10 steps done" in capsys.readouterr().out
         assert_same_run(tmp_path / folder, tmp_path / "eager")
 
 

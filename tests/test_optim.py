@@ -412,8 +412,7 @@ def test_captured_step_follows_the_schedule(name):
             batch.copy_(batches[index])
             torch.cuda.synchronize()
             if captured and index == 3:
-                optim.make_capturable(optimizer)
-                with torch.cuda.graph(graph):
+                with optim.capturable(optimizer), torch.cuda.graph(graph):
                     step()
             if captured and index >= 3:
                 graph.replay()

@@ -31,7 +31,7 @@ from deit_fast.data.plan import Plan
 from deit_fast.errors import TrainingError
 from deit_fast.training.config import RunConfig
 from deit_fast.training.job import Job
-from deit_fast.training.optim import Schedule, make_capturable
+from deit_fast.training.optim import Schedule, capturable
 from deit_fast.training.steps import Learner
 
 WARMUP = 3  # updates before the recording: PyTorch's advice, of which cuDNN's choice needs the most
@@ -191,8 +191,8 @@ class GraphedSteps:
             self.updates += updates
             return
         if updates not in self.replays:
-            make_capturable(self.learner.optimizer)
-            self.replays[updates] = self.recorder.record(call)
+            with capturable(self.learner.optimizer):
+                self.replays[updates] = self.recorder.record(call)
         self.replays[updates]()
 
     def _step(self, updates: bool) -> None:

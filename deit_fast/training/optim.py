@@ -23,6 +23,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -92,15 +93,21 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float | Tensor) -> None:
         group["lr"].fill_(lr)
 
 
-def make_capturable(optimizer: torch.optim.Optimizer) -> None:
-    """Lets `optimizer.step()` be captured in a CUDA graph; call it after the warmup steps, right before the capture.
+@contextmanager
+def capturable(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Lets `optimizer.step()` be captured in a CUDA graph inside; warmup steps must have made its state before.
 
-    torch warns when a capturable optimizer steps outside a graph, so the flag is not set from the start. With the fused
-    kernels nothing else depends on it: their step counts are on the device anyway.
+    torch warns when a capturable optimizer steps outside a graph, and the flag would get into checkpoints, so it is set
+    for the capture alone. With the fused kernels nothing else depends on it: their step counts are on the device anyway.
     """
-    for group in optimizer.param_groups:
-        if "capturable" in group:
-            group["capturable"] = True
+    groups = [group for group in optimizer.param_groups if "capturable" in group]
+    for group in groups:
+        group["capturable"] = True
+    try:
+        yield
+    finally:
+        for group in groups:
+            group["capturable"] = False
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping) -> None:

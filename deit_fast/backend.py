@@ -11,9 +11,11 @@ compiled anew under another (a ContextVar breaks fullgraph compilation on torch 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from deit_fast.errors import UserError
 
@@ -24,10 +26,18 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 BY_NAME_ONLY = ("triton", "cuda")
 
 OPS: dict[str, Op] = {}
+Result = TypeVar("Result")
 
 
 class BackendError(RuntimeError, UserError):
     """A backend was asked for by name and cannot serve the call."""
+
+
+class KernelError(BackendError):
+    """A kernel that showed only when it was launched that it cannot be compiled or loaded here.
+
+    Whoever raises it has seen to it that the backend's why_not gives the reason from now on.
+    """
 
 
 def _always(*_call: object) -> str | None:
@@ -76,9 +86,14 @@ class Op:
         """The backends that can serve this call."""
         return tuple(name for name in BACKENDS if self.why_not(name, *call) is None)
 
+    def asked(self, requested: str | None) -> str | None:
+        """The backend that somebody named for a call with this `backend=` argument, or None: the op's own order counts."""
+        return requested or _override.get(self.name) or _override.get("*") or _environment.get(self.name) \
+            or _environment.get("*")
+
     def select(self, requested: str | None, *call: object) -> str:
         """The backend that serves this call; BackendError when the one asked for by name cannot."""
-        asked = requested or _asked(self.name)
+        asked = self.asked(requested)
         if asked is None:
             order = tuple(self.offers) if self.order is None else self.order(*call)
             order = (name for name in order if name not in BY_NAME_ONLY)
@@ -89,6 +104,26 @@ class Op:
         if _record is not None:
             _record[self.name] = chosen
         return chosen
+
+    def run(self, requested: str | None, call: tuple, compute: Callable[[str], Result]) -> Result:
+        """What `compute(backend)` returns for the backend that serves the call.
+
+        Where the op's own order chose one whose kernel then does not compile, the next serves this very call, and a
+        line on stderr says so.
+        """
+        while True:
+            chosen = self.select(requested, *call)
+            try:
+                return compute(chosen)
+            except KernelError as error:
+                if self.asked(requested) is not None:
+                    raise
+                assert self.why_not(chosen, *call) is not None, "the kernel would be tried for ever"
+                self.report_step_down(error, self.select(None, *call))
+
+    def report_step_down(self, error: KernelError, backend: str) -> None:
+        """Prints that `backend` takes over from one whose kernel failed."""
+        print(f"deit_fast: {error} Backend {backend!r} serves {self.name} instead.", file=sys.stderr)
 
     def _require(self, backend: str, *call: object) -> None:
         if backend not in BACKENDS:
@@ -114,10 +149,6 @@ def _parse_environment(text: str) -> dict[str, str]:
 _environment = _parse_environment(os.environ.get("DEIT_FAST_BACKEND", ""))
 _override: dict[str, str] = {}
 _record: dict[str, str] | None = None
-
-
-def _asked(op: str) -> str | None:
-    return _override.get(op) or _override.get("*") or _environment.get(op) or _environment.get("*")
 
 
 @contextmanager

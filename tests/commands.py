@@ -52,7 +52,7 @@ class Death:
         setattr(owner, name, counting)
 
 
-STEP = "deit_fast.training.engine:Trainer._train_step"
+STEP = "deit_fast.training.steps:Learner.learn"
 EVALUATION = "deit_fast.training.metrics:Evaluation.update"
 WRITING = "deit_fast.training.files:_RememberingFile.write"
 RENAMING = "deit_fast.training.files:os.replace"

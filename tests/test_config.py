@@ -30,7 +30,7 @@ OPTIONS = {
     "warmup_lr": 1e-6, "min_lr": 1e-5, "decay_epochs": 30.0, "decay_rate": 0.1, "weight_decay": 0.0, "momentum": 0.9,
     "opt_eps": 1e-8, "opt_betas": None, "clip_grad": None, "grad_accum_steps": 1,
     "output_dir": "runs/deit", "seed": 0, "device": "auto", "fused": False, "amp": False, "amp_dtype": "bfloat16",
-    "torchcompile": False, "channels_last": False, "grad_checkpointing": False, "deterministic": False,
+    "torchcompile": False, "cuda_graphs": True, "channels_last": False, "grad_checkpointing": False, "deterministic": False,
     "resume": None, "eval": False, "eval_metric": "top1", "log_interval": 50, "checkpoint_interval": 0,
 }
 ALIASES = {"data_set": ("--dataset",), "data_path": ("--data-dir",), "input_size": ("--img-size",),

@@ -18,7 +18,8 @@ from deit_fast.data.augmentation import Recipe
 from deit_fast.errors import TrainingError
 from deit_fast.training import checkpoint
 from deit_fast.training.config import OptimConfig, RunConfig
-from deit_fast.training.engine import Job, Trainer
+from deit_fast.training.engine import Trainer
+from deit_fast.training.job import Job
 from deit_fast.training.optim import ModelEma
 from deit_fast.training.progress import Log
 
@@ -81,12 +82,12 @@ def make(tmp_path, loader=None, ema=False, mixing_off=0, objective=None, splits=
 def test_steps_do_not_wait_for_the_device(tmp_path, settings):
     """Between two looks at the loss no value is read, with EMA, clipping and accumulation; a look reads few."""
     trainer = make(tmp_path, Batches(steps=12), ema=True, **settings)
-    batches = trainer._batches()
+    steps = trainer.steps.epoch(0, 0)
     with CountSyncs() as counting:
         for _ in range(12):
-            trainer._train_step(*next(batches))
+            next(steps)
         assert counting.reads == 0
-        float(trainer.loss_sum)
+        float(trainer.learner.loss_sum)
         assert counting.reads == 1, "the counter sees nothing"
 
 
@@ -104,9 +105,10 @@ def test_accumulation_is_one_large_batch(tmp_path):
     """Two batches of 8 with accumulation make the step of one batch of 16; the learning rate and EMA move once."""
     two = make(tmp_path / "two", Batches(steps=2), grad_accum_steps=2, epochs=1, ema=True)
     before = copy.deepcopy(two.job.model)
-    two._train_step(*two.job.train.batch(0, 0))
+    steps = two.steps.epoch(0, 0)
+    next(steps)
     assert torch.equal(two.job.model.weight, before.weight)
-    two._train_step(*two.job.train.batch(0, 1))
+    next(steps)
     images, targets = (torch.cat(parts) for parts in zip(two.job.train.batch(0, 0), two.job.train.batch(0, 1)))
     F.cross_entropy(before(images), targets).backward()
     expected = before.weight - 0.1 * before.weight.grad
@@ -186,8 +188,7 @@ def test_mixing_off_reaches_the_targets():
     loader = TrainLoader(split, Recipe(mixup=0.8), (0.5,) * 3, (0.5,) * 3, CLASSES, 8)
     trainer = make(None, loader, mixing_off=1)
     for epoch, whole in ((0, False), (1, True), (0, False)):
-        trainer.epoch = epoch
-        targets = torch.cat([targets for _, targets in trainer._batches()])
+        targets = torch.cat([targets for _, targets in trainer.steps._batches(epoch, 0)])
         assert bool((targets.max(dim=1).values == 1).all()) == whole
 
 
@@ -244,7 +245,7 @@ class TestProgress:
         make(tmp_path, lines=lines, log_interval=2, epochs=2).fit()
         text = lines.getvalue()
         assert "\x1b" not in text and "\r" not in text
-        steps = [line for line in text.splitlines() if "step" in line]
+        steps = [line for line in text.splitlines() if "  step " in line]
         assert [line.split("  ")[1] for line in steps] == ["step 2/4", "step 4/4"] * 2
         assert all(word in line for line in steps for word in ("epoch ", "loss ", "top-1 ", "img/s", "ETA "))
         assert "top-1 -" in steps[0] and "top-1 0." in steps[2]  # of the last evaluation
@@ -257,7 +258,8 @@ class TestProgress:
         second = make(tmp_path, lines=lines, log_interval=1, epochs=2)
         second.restore(second.last, checkpoint.load(second.last))
         second.fit()
-        assert lines.getvalue().startswith(f"epoch 2/2  step 1/4  loss ") and f"top-1 {top1:.4f}" in lines.getvalue()
+        first_step = lines.getvalue().splitlines()[1]  # after the line that says how steps are run
+        assert first_step.startswith("epoch 2/2  step 1/4  loss ") and f"top-1 {top1:.4f}" in first_step
 
     def test_bar_on_a_terminal(self, tmp_path):
         screen = io.StringIO()

@@ -208,13 +208,13 @@ class TestSchedule:
         assert optim.Schedule(config(), 10, 64).describe() == "learning rate 0.001, constant, 200 optimizer steps"
 
     def test_set_keeps_the_tensor(self):
+        """A recorded step reads the learning rate where it lies, in every group."""
         optimizer = optim.create_optimizer(Model(), config())
-        rate = torch.tensor(0.0)
-        optimizer.param_groups[0]["lr"] = rate
-        schedule = optim.Schedule(config(lr=0.25), 10, 64)
-        assert schedule.set(optimizer, 3) == 0.25
-        assert optimizer.param_groups[0]["lr"] is rate and rate.item() == 0.25
-        assert optimizer.param_groups[1]["lr"] == 0.25
+        rates = [group["lr"] for group in optimizer.param_groups]
+        for value in (0.25, torch.tensor(0.3, dtype=torch.float64)):
+            optim.set_lr(optimizer, value)
+            assert all(group["lr"] is rate for group, rate in zip(optimizer.param_groups, rates, strict=True))
+            assert {rate.item() for rate in rates} == {float(value)}, "rounded"
 
     def test_bad_arguments(self):
         with pytest.raises(ValueError, match="constant, cosine, step, got 'poly'"):
@@ -318,12 +318,11 @@ def test_captured_step_follows_the_schedule(name):
 
         stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         for index in range(10):
-            schedule.set(optimizer, index)
+            optim.set_lr(optimizer, schedule.lr(index))
             batch.copy_(batches[index])
             torch.cuda.synchronize()
             if captured and index == 3:
-                optim.make_capturable(optimizer)
-                with torch.cuda.graph(graph):
+                with optim.capturable(optimizer), torch.cuda.graph(graph):
                     step()
             if captured and index >= 3:
                 graph.replay()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from types import ModuleType
 
 import pytest
 import torch
 
-from deit_fast.backend import OPS, BackendError, use_backend
+from deit_fast.backend import OPS, BackendError, KernelError, Offer, use_backend
 from deit_fast.kernels import cpu
 from deit_fast.ops.registration import NativeOp
 
@@ -36,12 +37,16 @@ def _toy_module() -> ModuleType:
     return module
 
 
+def _toy_reference(x, w, b, r, power):
+    return x * w * power + r if b is None else x * w * power + r + b
+
+
 @pytest.fixture(scope="module")
 def toy() -> Iterator[NativeOp]:
     if cpu.why_not():
         pytest.skip(cpu.why_not())
     sys.modules["deit_fast.kernels.cpu.toy_axpy"] = _toy_module()
-    yield NativeOp("toy_axpy", ("cpu",), "Tensor x, Tensor w, Tensor? b, Tensor r, float power", grads=("x", "w", "b"),
+    yield NativeOp("toy_axpy", _toy_reference, ("cpu",), "Tensor x, Tensor w, Tensor? b, Tensor r, float power", grads=("x", "w", "b"),
                    out=lambda x, *_: x.new_empty(x.shape), added="r")
     del OPS["toy_axpy"]  # other tests compare the table of ops with a fresh process's
 
@@ -115,3 +120,52 @@ def test_selection(toy: NativeOp) -> None:
         with use_backend(toy_axpy="cpu"):
             assert toy.op.select(None, *call) == "cpu"
     assert toy.op.select(None, *call) == "cpu"
+
+
+@pytest.fixture
+def failing(toy: NativeOp, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """failing("forward") makes that half of the toy's kernel one that does not compile, as Triton's launcher finds out."""
+    module, failed = toy.modules["cpu"], []
+    before = module.why_not
+
+    def fail(half: str) -> None:
+        def launch(*_args: object, **_kwargs: object) -> None:
+            failed.append("could not compile axpy_kernel here")
+            raise KernelError(f"toy_axpy: {failed[-1]}.")
+        monkeypatch.setattr(module, half, launch)
+
+    reason = lambda *call: before(*call) or (failed[-1] if failed else None)  # noqa: E731
+    monkeypatch.setitem(toy.op.offers, "cpu", Offer(lambda: None, reason))
+    return fail
+
+
+@pytest.mark.parametrize("half", ["forward", "backward"])
+def test_a_kernel_that_does_not_compile(toy: NativeOp, failing: Callable[[str], None], capsys, half: str) -> None:
+    """The automatic order steps down within the call, whose numbers are the reference's, and says so once."""
+    failing(half)
+    for _ in range(2):
+        x, w, b, r = tensors()
+        w.requires_grad_(False)
+        y = toy(None, x, w, b, r, 2.0)
+        y.backward(torch.arange(12.0).view(4, 3))
+        leaves = [t.detach().requires_grad_() for t in (x, b, r)]
+        truth = _toy_reference(leaves[0], w, leaves[1], leaves[2], 2.0)
+        truth.backward(torch.arange(12.0).view(4, 3))
+        assert torch.equal(y, truth) and w.grad is None
+        assert all(torch.equal(ours.grad, theirs.grad) for ours, theirs in zip((x, b, r), leaves))
+    printed = capsys.readouterr().err
+    assert printed == ("deit_fast: toy_axpy: could not compile axpy_kernel here. Backend 'reference' serves toy_axpy "
+                       "instead.\n")
+
+
+@pytest.mark.parametrize("half", ["forward", "backward"])
+def test_a_kernel_that_does_not_compile_but_was_asked_for(toy: NativeOp, failing: Callable[[str], None], half: str) -> None:
+    """By argument or by context: it raises, in backward too, and from then on before any kernel is tried."""
+    for name, context in (("cpu", nullcontext()), (None, use_backend("cpu"))):
+        failing(half)
+        with context:
+            x, w, b, r = tensors()
+            with pytest.raises(BackendError, match="could not compile axpy_kernel here"):
+                toy(name, x, w, b, r, 2.0).sum().backward()
+    with pytest.raises(BackendError, match="cannot serve this call: could not compile"):
+        toy("cpu", *tensors(), 2.0)

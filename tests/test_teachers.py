@@ -20,7 +20,8 @@ from deit_fast.models.teacher import create_teacher, head_of, list_teachers, ske
 from deit_fast.training import build, checkpoint, pretrained, teachers
 from deit_fast.training.config import Config, DataConfig, DistillationConfig, OptimConfig, RunConfig
 from deit_fast.training.distillation import Objective, Teacher, TeacherInput
-from deit_fast.training.engine import Job, Trainer
+from deit_fast.training.engine import Trainer
+from deit_fast.training.job import Job
 from deit_fast.training.optim import ModelEma
 from deit_fast.training.progress import Log
 
@@ -123,7 +124,7 @@ def test_teacher_sees_the_students_tensor(digits):
     model.register_forward_pre_hook(lambda module, args: given.append(args[0]))
     goal = objective()
     trainer = Trainer(Job("m", model, goal, loader, {}, 10, None, {}), OptimConfig(), RunConfig(), CPU, Log())
-    trainer._train_step(*next(trainer._batches()))
+    next(trainer.steps.epoch(0, 0))
     assert goal.teacher.network.seen[0] is given[0]
 
 
@@ -149,10 +150,11 @@ def test_teacher_is_no_part_of_the_student(tmp_path):
     frozen = {name: tensor.clone() for name, tensor in goal.teacher.state_dict().items()}
     images, targets = batch()
     with CountSyncs() as counting:
-        trainer._train_step(images, targets)
+        trainer.learner.learn(0, images, targets)
+        trainer.learner.update(1e-3)
     assert counting.reads == 0
     trainer.save()
-    optimized = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    optimized = {id(p) for group in trainer.learner.optimizer.param_groups for p in group["params"]}
     assert optimized == {id(p) for p in model.parameters()}
     state = checkpoint.load(trainer.last)
     assert state["model"].keys() == state["ema"]["module"].keys() == model.state_dict().keys()

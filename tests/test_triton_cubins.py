@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
 import cubins  # noqa: E402
 
-from deit_fast.backend import BackendError  # noqa: E402
+from deit_fast.backend import KernelError  # noqa: E402
 from deit_fast.kernels.triton import (INTERPRETED, attention, attention_kernels, common,  # noqa: E402
                                       distillation_loss, layernorm_mlp, linear, linear_kernels, mlp_kernels, reduction,
                                       rowwise)
@@ -122,9 +122,9 @@ class _TooLarge:
 
 
 def test_a_kernel_that_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The call that meets it raises; from then on the op's why_not gives the reason, and the next backend serves."""
+    """The launch that meets it raises KernelError, and from then on the op's why_not gives the reason."""
     monkeypatch.setattr(common, "FAILED", {})
-    with pytest.raises(BackendError, match="Triton .* could not compile too_large_kernel here: out of resource"):
+    with pytest.raises(KernelError, match="Triton .* could not compile too_large_kernel here: out of resource"):
         common.launch("attention", _TooLarge(), 1, torch.empty(1))
     monkeypatch.setattr(common, "INTERPRETED", True)  # so that a tensor on the CPU is not the reason
     assert "too_large_kernel" in attention.why_not(torch.empty(1, 2, 24), 2, None, 0.0, None)

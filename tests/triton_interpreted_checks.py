@@ -6,11 +6,15 @@ zero.
 
 from __future__ import annotations
 
-import torch
+import io
+from contextlib import redirect_stderr
 
-from deit_fast import ops
+import torch
+from triton import OutOfResources
+
+from deit_fast import backend, ops
 from deit_fast.backend import OPS, BackendError
-from deit_fast.kernels.triton import common, layernorm_mlp, linear, rowwise
+from deit_fast.kernels.triton import attention, common, layernorm_mlp, linear, rowwise
 from deit_fast.kernels.triton.attention import split_keys
 from deit_fast.reference import block
 from deit_fast.reference.philox import keep_mask
@@ -110,6 +114,45 @@ def refusals() -> None:
     common.FAILED.clear()
 
 
+class TooLarge:
+    """A kernel that needs more shared memory than the chip has, which Triton says when it is launched."""
+
+    __name__ = "too_large_kernel"
+
+    def __getitem__(self, grid: tuple[int, ...]) -> object:
+        def launch(**arguments: object) -> None:
+            raise OutOfResources(300_000, 232_448, "shared memory")
+        return launch
+
+
+def stepping_down() -> None:
+    """In the automatic order, reference serves the very call whose kernel does not fit: forward, then backward only."""
+    qkv, seed = torch.randn(2, 9, 24), torch.tensor(5)
+    backend.BY_NAME_ONLY = ()
+    op, order = OPS["attention"], OPS["attention"].order
+    object.__setattr__(op, "order", lambda *_: ("triton",))
+    expected = None
+    for name in ("attention_fwd_kernel", "attention_bwd_kernel"):
+        for requested in (None, "triton"):
+            kernel, lines = getattr(attention, name), io.StringIO()
+            setattr(attention, name, TooLarge())
+            leaf = qkv.clone().requires_grad_()
+            try:
+                with redirect_stderr(lines):
+                    out = ops.attention(leaf, 2, dropout_p=0.2, seed=seed, backend=requested)
+                    out.square().sum().backward()
+                assert requested is None, "asked for by name, it must raise"
+                expected = expected or (out, leaf.grad)
+                assert torch.allclose(out, expected[0], atol=1e-6) and torch.allclose(leaf.grad, expected[1], atol=1e-5)
+                assert "out of resource: shared memory" in lines.getvalue() and lines.getvalue().count("\n") == 1
+                assert "too_large_kernel" in op.why_not("triton", qkv, 2, None, 0.0, None)
+            except BackendError as error:
+                assert requested == "triton" and "out of resource" in str(error), error
+            setattr(attention, name, kernel)
+            common.FAILED.clear()
+    object.__setattr__(op, "order", order)
+
+
 def key_splits() -> None:
     """Keys are cut into full blocks and one tail, without loss."""
     for N in range(1, 400):
@@ -121,6 +164,6 @@ def key_splits() -> None:
 
 if __name__ == "__main__":
     for check in (attention_masks, linear_residual_masks, mlp_masks, gradients_repeat, frozen_parameters,
-                  many_tiles_per_program, refusals, key_splits):
+                  many_tiles_per_program, refusals, stepping_down, key_splits):
         check()
         print(f"{check.__name__}: ok")

@@ -85,6 +85,10 @@ class TrainLoader:
             device=self.device if device is None else device, source_size=self.source_size,
         )  # fmt: skip
 
+    def batch(self, plan: Plan) -> tuple[Tensor, Tensor]:
+        """(images (B, 3, H, W), targets (B, K) float32) of the B samples of a plan; not for `auto_augment`."""
+        return augment(self.images, self.labels, plan, **self._options)
+
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Iterates (images (B, 3, H, W), targets (B, K) float32) of an epoch from step `start` on.
 
@@ -96,7 +100,7 @@ class TrainLoader:
 
     def _resident(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         plan = self.plan(epoch)
-        return (augment(self.images, self.labels, plan[rows], **self._options) for rows in self._slices(start))
+        return (self.batch(plan[rows]) for rows in self._slices(start))
 
     def _from_workers(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         plan = self.plan(epoch, "cpu")

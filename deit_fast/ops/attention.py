@@ -30,7 +30,7 @@ def _order(qkv: Tensor, num_heads: int, *_: object) -> tuple[str, ...]:
 
 
 NATIVE = NativeOp(
-    "attention", backends=("cpu", "triton"),
+    "attention", reference.attention, backends=("cpu", "triton"),
     args="Tensor qkv, int num_heads, float? scale, float dropout_p, Tensor? seed",
     grads=("qkv",),
     out=lambda qkv, *_: qkv.new_empty((*qkv.shape[:-1], qkv.shape[-1] // 3)), order=_order)
@@ -56,8 +56,7 @@ def attention(qkv: Tensor, num_heads: int, scale: float | None = None, dropout_p
     (qkv,) = cast(autocast_dtype(qkv), qkv)
     call = (qkv, num_heads, scale, dropout_p, seed)
     with without_autocast(qkv):
-        chosen = OP.select(backend, *call)
-        return reference.attention(*call) if chosen == "reference" else NATIVE(chosen, *call)
+        return NATIVE(backend, *call)
 
 
 def _check(qkv: Tensor, num_heads: int, dropout_p: float, seed: Tensor | None) -> None:

@@ -75,13 +75,16 @@ def augment(images: Tensor, labels: Tensor, plan: Plan, mean: Sequence[float], s
                plan.partner, plan.lam, plan.cut]
     call = (images, labels, tensors, plan.remode, list(mean), list(std), num_classes, height, width, smoothing, dtype,
             channels_last)
-    chosen = OP.select(backend, *call)
-    if chosen != "reference":
-        return _operator(*call, chosen)
-    if (images.device.type == "cpu" or _CHECK) and not torch.compiler.is_compiling():
-        check_values(images, labels, tensors, num_classes, height, width)
-    return reference.augment(images, labels, plan, mean, std, num_classes, (height, width), smoothing, dtype,
-                             channels_last)
+
+    def compute(chosen: str) -> tuple[Tensor, Tensor]:
+        if chosen != "reference":
+            return _operator(*call, chosen)
+        if (images.device.type == "cpu" or _CHECK) and not torch.compiler.is_compiling():
+            check_values(images, labels, tensors, num_classes, height, width)
+        return reference.augment(images, labels, plan, mean, std, num_classes, (height, width), smoothing, dtype,
+                                 channels_last)
+
+    return OP.run(backend, call, compute)
 
 
 def _check(images: Tensor, labels: Tensor, plan: Plan, mean: Sequence[float], std: Sequence[float], num_classes: int,

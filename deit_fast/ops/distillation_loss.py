@@ -15,7 +15,7 @@ from .checks import check, check_activation, check_device, without_autocast
 from .registration import NativeOp
 
 NATIVE = NativeOp(
-    "distillation_loss", backends=("triton",),
+    "distillation_loss", reference.distillation_loss, backends=("triton",),
     args="Tensor cls_logits, Tensor? dist_logits, Tensor target, Tensor? teacher_logits, str kind, float alpha, float tau, "
          "str reduction, float smoothing",
     grads=("cls_logits", "dist_logits"),
@@ -51,8 +51,7 @@ def distillation_loss(cls_logits: Tensor, dist_logits: Tensor | None, target: Te
     teacher_logits = None if teacher_logits is None else teacher_logits.detach()
     call = (cls_logits, dist_logits, target, teacher_logits, kind, alpha, tau, reduction, smoothing)
     with without_autocast(cls_logits):
-        chosen = OP.select(backend, *call)
-        return reference.distillation_loss(*call) if chosen == "reference" else NATIVE(chosen, *call)
+        return NATIVE(backend, *call)
 
 
 def _check(cls_logits: Tensor, dist_logits: Tensor | None, target: Tensor, teacher_logits: Tensor | None, kind: str,

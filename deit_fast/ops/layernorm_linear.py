@@ -15,7 +15,7 @@ from .checks import autocast_dtype, cast, check, check_activation, check_paramet
 from .registration import NativeOp
 
 NATIVE = NativeOp(
-    "layernorm_linear", backends=("cpu", "triton"),
+    "layernorm_linear", reference.layernorm_linear, backends=("cpu", "triton"),
     args="Tensor x, Tensor ln_weight, Tensor? ln_bias, Tensor weight, Tensor? bias, float eps",
     grads=("x", "ln_weight", "ln_bias", "weight", "bias"),
     out=lambda x, ln_weight, ln_bias, weight, *_: x.new_empty((*x.shape[:-1], weight.shape[0])),
@@ -41,8 +41,7 @@ def layernorm_linear(x: Tensor, ln_weight: Tensor, ln_bias: Tensor | None, weigh
     (x,) = cast(autocast_dtype(x), x)
     call = (x, ln_weight, ln_bias, weight, bias, eps)
     with without_autocast(x):
-        chosen = OP.select(backend, *call)
-        return reference.layernorm_linear(*call) if chosen == "reference" else NATIVE(chosen, *call)
+        return NATIVE(backend, *call)
 
 
 def _check(x: Tensor, ln_weight: Tensor, ln_bias: Tensor | None, weight: Tensor, bias: Tensor | None) -> None:

@@ -16,7 +16,7 @@ from .checks import (autocast_dtype, cast, check, check_activation, check_dropou
 from .registration import NativeOp
 
 NATIVE = NativeOp(
-    "layernorm_mlp", backends=("cpu", "triton"),
+    "layernorm_mlp", reference.layernorm_mlp, backends=("cpu", "triton"),
     args="Tensor x, Tensor ln_weight, Tensor? ln_bias, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, "
          "Tensor? fc2_bias, float eps, float dropout_p, Tensor? seed, Tensor? row_scale",
     grads=("x", "ln_weight", "ln_bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias"),
@@ -49,8 +49,7 @@ def layernorm_mlp(x: Tensor, ln_weight: Tensor, ln_bias: Tensor | None, fc1_weig
     (x,) = cast(autocast_dtype(x), x)
     call = (x, ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps, dropout_p, seed, row_scale)
     with without_autocast(x):
-        chosen = OP.select(backend, *call)
-        return reference.layernorm_mlp(*call) if chosen == "reference" else NATIVE(chosen, *call)
+        return NATIVE(backend, *call)
 
 
 def _check(x: Tensor, ln_weight: Tensor, ln_bias: Tensor | None, fc1_weight: Tensor, fc1_bias: Tensor | None,

@@ -15,7 +15,7 @@ from .checks import (autocast_dtype, cast, check, check_activation, check_device
 from .registration import NativeOp
 
 NATIVE = NativeOp(
-    "linear_residual", backends=("cpu", "triton"),
+    "linear_residual", reference.linear_residual, backends=("cpu", "triton"),
     args="Tensor x, Tensor weight, Tensor? bias, Tensor residual, float dropout_p, Tensor? seed, Tensor? row_scale",
     grads=("x", "weight", "bias"), added="residual",
     out=lambda x, weight, bias, residual, *_: residual.new_empty(residual.shape),
@@ -44,8 +44,7 @@ def linear_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Te
     check(x.dtype == residual.dtype, OP.name, f"residual must have the dtype of x, {x.dtype}, got {residual.dtype}")
     call = (x, weight, bias, residual, dropout_p, seed, row_scale)
     with without_autocast(x):
-        chosen = OP.select(backend, *call)
-        return reference.linear_residual(*call) if chosen == "reference" else NATIVE(chosen, *call)
+        return NATIVE(backend, *call)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, dropout_p: float, seed: Tensor | None,

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from deit_fast.backend import Offer, Op
+from deit_fast.backend import KernelError, Offer, Op
 
 
 def register(name: str, schema: str, impl: Callable, fake: Callable) -> Callable:
@@ -54,6 +54,7 @@ class NativeOp:
 
     Args:
         name: of the op, which is also the name of its kernel modules.
+        reference: the op in plain PyTorch, `reference(*call)`, which serves where no backend does.
         backends: those that have kernels for it, in the automatic order.
         args: the schema of a call, tensors and settings: "Tensor x, Tensor? bias, float eps".
         grads: the arguments that backward gives gradients for.
@@ -63,10 +64,10 @@ class NativeOp:
         order: `order(*call)` gives the automatic order where it depends on the call.
     """
 
-    def __init__(self, name: str, backends: Sequence[str], args: str, grads: Sequence[str],
-                 out: Callable[..., Tensor], added: str | None = None, order: Callable[..., tuple[str, ...]] | None = None) -> None:
+    def __init__(self, name: str, reference: Callable[..., Tensor], backends: Sequence[str], args: str,
+                 grads: Sequence[str], out: Callable[..., Tensor], added: str | None = None, order: Callable[..., tuple[str, ...]] | None = None) -> None:
         offers, self.modules = launchers(name, backends)
-        self.op = Op(name, offers, order)
+        self.op, self.reference = Op(name, offers, order), reference
         typed = [arg.split() for arg in args.split(", ")]  # [["Tensor", "x"], ...]
         names = [arg[-1] for arg in typed]
         self.grads = [names.index(grad) for grad in grads]
@@ -85,11 +86,36 @@ class NativeOp:
                                  self._backward, self._backward_fake)
         self.function = _make_function(self)
 
-    def __call__(self, backend: str, *call: object) -> Tensor:
-        """The op's output, computed by a native backend, differentiable once."""
-        if torch.is_grad_enabled() and any(call[i] is not None and call[i].requires_grad for i in self.differentiable):
-            return self.function.apply(backend, *call)
-        return self.forward(*call, False, backend)[0]
+    def __call__(self, requested: str | None, *call: object) -> Tensor:
+        """The op's output, differentiable once, by the backend that serves the call.
+
+        requested: the call's `backend=` argument. A kernel that does not compile makes the automatic order step down in
+        this very call, in backward to the reference's gradients (of the same seeded masks).
+        """
+        by_name = self.op.asked(requested) is not None
+
+        def compute(backend: str) -> Tensor:
+            if backend == "reference":
+                return self.reference(*call)
+            if torch.is_grad_enabled() and any(call[i] is not None and call[i].requires_grad
+                                               for i in self.differentiable):
+                return self.function.apply(backend, by_name, *call)
+            return self.forward(*call, False, backend)[0]
+
+        return self.op.run(requested, call, compute)
+
+    def reference_gradients(self, grad: Tensor, needs: Sequence[bool], call: Sequence[object]) -> list[Tensor]:
+        """What backward gives, by plain PyTorch: the op computed again under autograd."""
+        call = list(call)
+        if self.added is not None:
+            call[self.added] = torch.zeros_like(grad)  # not kept; it adds nothing to the others' gradients
+        wanted = [i for i, need in zip(self.grads, needs) if need]
+        for i in wanted:
+            call[i] = call[i].detach().requires_grad_()
+        with torch.enable_grad():
+            out = self.reference(*call)
+        found = iter(torch.autograd.grad(out, [call[i] for i in wanted], grad, materialize_grads=True))
+        return [next(found) if need else grad.new_empty(0) for need in needs]
 
     def _forward(self, *args: object) -> tuple[Tensor, list[Tensor]]:
         *call, save, backend = args
@@ -114,10 +140,10 @@ def _make_function(native: NativeOp) -> type[torch.autograd.Function]:
 
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, backend, *call):
+        def forward(ctx, backend, by_name, *call):
             out, saved = native.forward(*call, True, backend)
             ctx.save_for_backward(*(call[i] for i in native.kept), *saved)
-            ctx.backend = backend
+            ctx.backend, ctx.by_name = backend, by_name
             ctx.settings = [None if i in native.tensors else arg for i, arg in enumerate(call)]
             return out
 
@@ -129,14 +155,20 @@ def _make_function(native: NativeOp) -> type[torch.autograd.Function]:
             for i, tensor in zip(native.kept, tensors):
                 call[i] = tensor
             saved = list(tensors[len(native.kept):])
-            needs = [ctx.needs_input_grad[1 + i] for i in native.grads]
-            computed = native.backward(grad, saved, needs, *call, ctx.backend)
-            grads = [None] * (1 + len(call))
+            needs = [ctx.needs_input_grad[2 + i] for i in native.grads]
+            try:
+                computed = native.backward(grad, saved, needs, *call, ctx.backend)
+            except KernelError as error:
+                if ctx.by_name:
+                    raise
+                native.op.report_step_down(error, "reference")
+                computed = native.reference_gradients(grad, needs, call)
+            grads = [None] * (2 + len(call))
             for i, need, tensor in zip(native.grads, needs, computed):
                 if need:
-                    grads[1 + i] = tensor
+                    grads[2 + i] = tensor
             if native.added is not None:
-                grads[1 + native.added] = grad
+                grads[2 + native.added] = grad
             return tuple(grads)
 
     Function.__name__ = Function.__qualname__ = f"{native.op.name}_function"

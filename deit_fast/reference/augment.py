@@ -43,7 +43,7 @@ def augment(images: Tensor, labels: Tensor, plan: Plan, mean: Sequence[float], s
     H, W = output_size(images, size)
     x = crop_flip(images, plan.index, plan.crop, plan.flip, H, W)  # (B, H', W', 3)
     x = jitter(x, plan.jitter_order, plan.jitter)
-    scale, bias = (torch.tensor(values, dtype=torch.float32, device=x.device) for values in normalisation(mean, std))
+    scale, bias = (constants(values, x.device) for values in normalisation(mean, std))
     x = fma(x, scale, bias)
     x = erase(x, plan.erase, plan.noise_key, plan.remode)
     x = mix(x, plan.partner, plan.lam, plan.cut).to(dtype).permute(0, 3, 1, 2)
@@ -71,6 +71,11 @@ def output_size(images: Tensor, size: int | tuple[int, int] | None) -> tuple[int
 def normalisation(mean: Sequence[float], std: Sequence[float]) -> tuple[list[float], list[float]]:
     """(scale, bias) per channel with uint8 * scale + bias = (uint8 / 255 - mean) / std; to be rounded to fp32."""
     return [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std)]
+
+
+def constants(values: Sequence[float], device: torch.device) -> Tensor:
+    """(len(values),) fp32, made on the device: a CUDA graph cannot capture a copy from the host's memory."""
+    return torch.stack([torch.full((), value, dtype=torch.float32, device=device) for value in values])
 
 
 def crop_flip(images: Tensor, index: Tensor, crop: Tensor, flip: Tensor, H: int, W: int) -> Tensor:

@@ -180,6 +180,7 @@ class RunConfig(Section):
     amp: bool = setting(False, "automatic mixed precision")
     amp_dtype: str = setting("bfloat16", "its lower precision", choices=("bfloat16", "float16"))
     torchcompile: bool = setting(False, "compile the model with torch.compile")
+    cuda_graphs: bool = setting(True, "on a GPU, record the training step once and replay it where that can be done")
     channels_last: bool = setting(False, "channels-last memory for images and teacher")
     grad_checkpointing: bool = setting(False, "recompute blocks in the backward pass: less memory, more time")
     deterministic: bool = setting(False, "only deterministic kernels, for bit-exact resuming on a GPU")

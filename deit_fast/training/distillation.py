@@ -88,7 +88,7 @@ class Objective:
         if self.tokens == "cls+cls":
             return (ops.distillation_loss(cls, None, targets) + ops.distillation_loss(dist, None, targets)) / 2
         if teacher_logits is None:
-            teacher_logits = self.teacher(images).half().float()
+            teacher_logits = self.teacher(images).half()
         c = self.config
-        return ops.distillation_loss(cls, dist, targets, teacher_logits, c.distillation_type, c.distillation_alpha,
+        return ops.distillation_loss(cls, dist, targets, teacher_logits.float(), c.distillation_type, c.distillation_alpha,
                                      c.distillation_tau, c.distillation_reduction)

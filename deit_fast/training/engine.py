@@ -1,67 +1,33 @@
 """The loop: epochs of steps, evaluation, checkpoints, resuming. Students and teachers go through the same one.
 
 A run is a function of its settings and seeds: the data order and every augmentation are pure functions of (data seed,
-epoch, position), the learning rate of the step, dropout seeds of the update. What is left to save is the weights, the
+epoch, position), the learning rate of the step, dropout seeds of the batch. What is left to save is the weights, the
 optimizer, torch's RNG states, the position and the running sums, so a run killed at any moment and resumed ends with
 the weights of an undisturbed one, bit for bit on the same CPU and thread count.
 
-Nothing in a step waits for the device. The loss is summed there, and the first step whose loss is not finite is noted
-there; both are read once per log interval, before a checkpoint and at the end of an epoch. (fp16 is the exception: its
-loss scaler looks at the gradients in every step.) A state that is not finite never reaches a file.
+The device's sums are read once per log interval, before a checkpoint and at the end of an epoch; nothing else waits for
+it. A state that is not finite never reaches a file.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from deit_fast.data.loader import EvalLoader, TrainLoader
 from deit_fast.errors import CheckpointError, TrainingError
-from deit_fast.training import checkpoint, report
+from deit_fast.training import checkpoint, graphs, report
 from deit_fast.training.config import OptimConfig, RunConfig
-from deit_fast.training.device import autocast
 from deit_fast.training.evaluation import measure
 from deit_fast.training.interrupt import Interrupted, StopSignals
+from deit_fast.training.job import Job
 from deit_fast.training.metrics import Evaluation
-from deit_fast.training.optim import ModelEma, Schedule, create_optimizer, load_optimizer
+from deit_fast.training.optim import Schedule, load_optimizer
 from deit_fast.training.progress import Log, Progress
-
-
-@dataclass
-class Job:
-    """What a Trainer trains and where it writes.
-
-    settings: what makes the run what it is, as plain values; a checkpoint with other settings is refused.
-    metadata: plain values that go into the weights' files.
-    seed: key of the first batch's dropout masks when the fused ops draw them, None for PyTorch's own dropout.
-    mixing_off: the epoch, counted from 0, from which MixUp and CutMix are off; 0: never.
-    title: what the progress lines begin with.
-    teacher_logits: (epoch, start) -> the logits (B, K) of each batch from `start` on, handed to the objective; None: it
-        asks its teacher itself.
-    remedy: what to do when the loss is not finite.
-    """
-
-    name: str
-    model: nn.Module
-    objective: Callable[..., Tensor]  # (images, outputs, targets[, teacher_logits]) -> ()
-    train: TrainLoader
-    splits: dict[str, EvalLoader]
-    num_classes: int
-    output_dir: Path
-    settings: dict
-    metadata: dict = field(default_factory=dict)
-    seed: Tensor | None = None
-    ema: ModelEma | None = None
-    mixing_off: int = 0
-    title: str = ""
-    teacher_logits: Callable[[int, int], Iterator[Tensor]] | None = None
-    remedy: str = "Lower --lr, or limit gradients with --clip-grad 1.0."
+from deit_fast.training.steps import EagerSteps, Learner
 
 
 def check_resumable(path: Path, state: dict, name: str, num_classes: int, settings: dict) -> None:
@@ -89,14 +55,11 @@ class Trainer:
                                 f"{self.accumulate}. Lower it, or --batch-size.")
         self.steps_per_epoch = self.updates_per_epoch * self.accumulate
         self.schedule = Schedule(optim, self.updates_per_epoch, job.train.batch_size)
-        self.optimizer = create_optimizer(job.model, optim)
-        self.forward = torch.compile(job.model) if run.torchcompile else job.model
-        self.scaler = torch.amp.GradScaler(device.type, enabled=run.amp and run.amp_dtype == "float16")
+        self.learner = Learner(job, optim, run, device)
+        self.steps = self._create_steps()
         self.signals = StopSignals()
         self.epoch = self.step = 0  # the position: `step` batches of `epoch` are done
         self.seconds = 0.0  # spent on the steps of this epoch
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-        self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)  # step of this epoch, -1: none
         self.history: list[dict] = []
         self.best: dict | None = None
         self.started, self.earlier_seconds = time.monotonic(), 0.0
@@ -123,17 +86,25 @@ class Trainer:
                 progress.epoch_done(self._evaluate_epoch())
         return self.history
 
+    def _create_steps(self) -> EagerSteps | graphs.GraphedSteps:
+        """Replayed steps where they can be captured, else launched ones; says which, and why."""
+        reason = graphs.why_not(self.job, self.run, self.device)
+        if reason is None:
+            self.log(f"{self.job.title}steps: replayed from a CUDA graph after {graphs.WARMUP} updates")
+            return graphs.GraphedSteps(self.learner, self.schedule, graphs.CudaGraphs(self.device))
+        self.log(f"{self.job.title}steps: launched one by one, without a CUDA graph: {reason}")
+        return EagerSteps(self.learner, self.schedule)
+
     def _train_epoch(self, progress: Progress) -> None:
         self.job.model.train()
         progress.epoch_starts(self.epoch, self.step)
-        batches = self._batches()
         clock = time.perf_counter()
-        while self.step < self.steps_per_epoch:
-            self._train_step(*next(batches))
+        for _ in self.steps.epoch(self.epoch, self.step):
+            self.step += 1
             progress.tick(self.step)
             if self.step % self.run.log_interval == 0 or self.step == self.steps_per_epoch:
                 self._check_loss()
-                progress.report(self.step, self.loss_sum.item() / self.step)
+                progress.report(self.step, self.learner.loss_sum.item() / self.step)
             if self.step % self.accumulate:
                 continue  # gradients are under way: nothing to save here
             self.seconds += time.perf_counter() - clock
@@ -141,52 +112,6 @@ class Trainer:
             if self._checkpoint_is_due():
                 self.save()
             clock = time.perf_counter()
-
-    def _batches(self) -> Iterator[tuple[Tensor, ...]]:
-        """The rest of the epoch: (images, targets), and the teacher's logits where they are stored.
-
-        Its plan is drawn here, with or without mixing, and the loader's recipe left alone.
-        """
-        loader, recipe = self.job.train, self.job.train.recipe
-        loader.recipe = recipe.at(self.epoch, self.job.mixing_off)
-        try:
-            batches = loader.epoch(self.epoch, self.step)
-            if self.job.teacher_logits is None:
-                return batches
-            logits = self.job.teacher_logits(self.epoch, self.step)
-            return ((*batch, of_teacher) for batch, of_teacher in zip(batches, logits, strict=True))
-        finally:
-            loader.recipe = recipe
-
-    def _train_step(self, images: Tensor, targets: Tensor, *teacher_logits: Tensor) -> None:
-        """One batch (B, 3, H, W), (B, K), (B, K); the optimizer's step when enough gradients are gathered."""
-        with autocast(self.device, self.run):
-            loss = self.job.objective(images, self._outputs(images), targets, *teacher_logits)
-        self.scaler.scale(loss / self.accumulate).backward()
-        self.loss_sum += loss.detach()
-        bad = ~torch.isfinite(loss.detach()) & (self.first_bad < 0)
-        self.first_bad = torch.where(bad, self.step, self.first_bad)
-        self.step += 1
-        if self.step % self.accumulate == 0:
-            self._update()
-
-    def _outputs(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """What the model makes of images (B, 3, H, W); no two batches of a run have the same dropout seed."""
-        if self.job.seed is None:
-            return self.forward(images)
-        return self.forward(images, self.job.seed + (self.epoch * self.steps_per_epoch + self.step))
-
-    def _update(self) -> None:
-        """The optimizer's step, with the gradients of the last `accumulate` batches."""
-        self.schedule.set(self.optimizer, self._updates_done() - 1)
-        if self.optim.clip_grad is not None:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.job.model.parameters(), self.optim.clip_grad)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.job.ema is not None:
-            self.job.ema.update(self.job.model)
 
     def _updates_done(self) -> int:
         return self.epoch * self.updates_per_epoch + self.step // self.accumulate
@@ -200,8 +125,8 @@ class Trainer:
         """The epoch's row; writes best.pt, last.pt and metrics.csv, and moves to the next epoch."""
         self._check_state()
         row = {"epoch": self.epoch + 1, "lr": self.schedule.lr(self._updates_done() - 1),
-               "train_loss": self.loss_sum.item() / self.step}
-        row |= self.evaluate(self.forward)
+               "train_loss": self.learner.loss_sum.item() / self.step}
+        row |= self.evaluate(self.learner.forward)
         if self.job.ema is not None:
             row |= {f"ema_{name}": value for name, value in self.evaluate(self.job.ema.module).items()}
         row |= {"images_per_second": self.step * self.job.train.batch_size / max(self.seconds, 1e-9),
@@ -209,7 +134,7 @@ class Trainer:
         self.history.append(row)
         self._keep_best(row)
         self.epoch, self.step, self.seconds = self.epoch + 1, 0, 0.0
-        self.loss_sum.zero_()
+        self.learner.loss_sum.zero_()
         self.save()
         self._write_history()
         return row
@@ -251,9 +176,9 @@ class Trainer:
         """Writes last.pt; TrainingError instead when the state is not finite."""
         self._check_state()
         checkpoint.save(self.last, self._weights() | {
-            "settings": self.job.settings, "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+            "settings": self.job.settings, "optimizer": self.learner.optimizer.state_dict(), "scaler": self.learner.scaler.state_dict(),
             "epoch": self.epoch, "step": self.step, "seconds": self.seconds, "wall_seconds": self.wall_seconds,
-            "loss_sum": self.loss_sum.item(), "rng": checkpoint.rng_state(), "history": self.history,
+            "loss_sum": self.learner.loss_sum.item(), "rng": checkpoint.rng_state(), "history": self.history,
             "best": self.best})
 
     def restore(self, path: Path, state: dict) -> None:
@@ -264,11 +189,11 @@ class Trainer:
         self.job.model.load_state_dict(state["model"])
         if self.job.ema is not None:
             self.job.ema.load_state_dict(state["ema"])
-        load_optimizer(self.optimizer, state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        load_optimizer(self.learner.optimizer, state["optimizer"])
+        self.learner.scaler.load_state_dict(state["scaler"])
         self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
         self.earlier_seconds = state["wall_seconds"]
-        self.loss_sum.fill_(state["loss_sum"])
+        self.learner.loss_sum.fill_(state["loss_sum"])
         self.history, self.best = state["history"], state["best"]
         checkpoint.set_rng_state(state["rng"])
 
@@ -283,9 +208,10 @@ class Trainer:
 
     def _check_loss(self) -> None:
         """Raises TrainingError when the loss of some step was not finite."""
-        bad = int(self.first_bad)
+        bad = int(self.learner.first_bad)
         if bad >= 0:
-            self._diverged(f"the loss is not finite at step {bad + 1} of epoch {self.epoch + 1}", bad)
+            epoch, step = divmod(bad, self.steps_per_epoch)
+            self._diverged(f"the loss is not finite at step {step + 1} of epoch {epoch + 1}", bad)
 
     def _check_state(self) -> None:
         """Raises TrainingError when a loss was or a weight is not finite: the last update shows in no loss yet."""
@@ -293,11 +219,11 @@ class Trainer:
         tensors = [tensor for tensor in self.job.model.state_dict().values() if tensor.is_floating_point()]
         if not torch.stack(torch._foreach_norm(tensors, ord=torch.inf)).isfinite().all():
             self._diverged(f"the weights are not finite after step {self.step} of epoch {self.epoch + 1}",
-                           self.step - 1)
+                           self.epoch * self.steps_per_epoch + self.step - 1)
 
-    def _diverged(self, fact: str, step: int) -> None:
-        lr = self.schedule.lr(self.epoch * self.updates_per_epoch + step // self.accumulate)
-        scale = f", loss scale {self.scaler.get_scale():g}" if self.scaler.is_enabled() else ""
+    def _diverged(self, fact: str, batch: int) -> None:
+        lr = self.schedule.lr(batch // self.accumulate)
+        scale = f", loss scale {self.learner.scaler.get_scale():g}" if self.learner.scaler.is_enabled() else ""
         good = f"The last good checkpoint is {self.last}" if self.last.exists() else "There is no checkpoint yet"
         raise TrainingError(f"{fact} (learning rate {lr:.3g}{scale}). {good}. {self.job.remedy}")
 

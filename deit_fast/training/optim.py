@@ -14,8 +14,8 @@ resumed run is one epoch ahead.) With steps s = 0 ... S-1, W of them warmup, and
     cosine     min_lr + (L - min_lr) (1 + cos(pi (s - W) / (S - 1 - W))) / 2      so min_lr at the last step
     step       L decay_rate^floor(epoch / decay_epochs)                           epoch counts the warmup
 
-On a GPU the whole step is one CUDA graph, in which a Python number is frozen at capture. So there the LR is a 0-dim
-tensor in the parameter groups, and the averaging weight a 0-dim tensor of ModelEma.
+On a GPU the whole step is one CUDA graph, in which a Python number is frozen at capture. So the LR is a 0-dim tensor in
+the parameter groups, and the averaging weight a 0-dim tensor of ModelEma.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -67,14 +68,14 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 def create_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.Optimizer:
     """Returns Adam, AdamW or SGD (Nesterov) over `parameter_groups`, fused where torch has it (CPU and CUDA).
 
-    On CUDA the LR is a 0-dim tensor on the device; set it with `Schedule.set`.
+    The LR is a 0-dim tensor, on CUDA on the device in fp32 as its kernels want it; set it with `set_lr`.
     """
     groups = parameter_groups(model, cfg.weight_decay)
     if not groups:
         raise ValueError("create_optimizer: the model has no trainable parameters; unfreeze some")
     device = groups[0]["params"][0].device
     options = {
-        "lr": torch.tensor(cfg.lr, dtype=torch.float32, device=device) if device.type == "cuda" else cfg.lr,
+        "lr": torch.tensor(cfg.lr, dtype=torch.float32 if device.type == "cuda" else torch.float64, device=device),
         "fused": True if device.type in ("cpu", "cuda") else None,
     }
     if cfg.opt == "sgd":
@@ -86,15 +87,27 @@ def create_optimizer(model: nn.Module, cfg: OptimConfig) -> torch.optim.Optimize
     return optimizers[cfg.opt](groups, betas=betas, eps=cfg.opt_eps, **options)
 
 
-def make_capturable(optimizer: torch.optim.Optimizer) -> None:
-    """Lets `optimizer.step()` be captured in a CUDA graph; call it after the warmup steps, right before the capture.
-
-    torch warns when a capturable optimizer steps outside a graph, so the flag is not set from the start. With the fused
-    kernels nothing else depends on it: their step counts are on the device anyway.
-    """
+def set_lr(optimizer: torch.optim.Optimizer, lr: float | Tensor) -> None:
+    """Sets the LR of every group, in place; lr: a number or () on the device."""
     for group in optimizer.param_groups:
-        if "capturable" in group:
-            group["capturable"] = True
+        group["lr"].fill_(lr)
+
+
+@contextmanager
+def capturable(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Lets `optimizer.step()` be captured in a CUDA graph inside; warmup steps must have made its state before.
+
+    torch warns when a capturable optimizer steps outside a graph, and the flag would get into checkpoints, so it is set
+    for the capture alone. With the fused kernels nothing else depends on it: their step counts are on the device anyway.
+    """
+    groups = [group for group in optimizer.param_groups if "capturable" in group]
+    for group in groups:
+        group["capturable"] = True
+    try:
+        yield
+    finally:
+        for group in groups:
+            group["capturable"] = False
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping) -> None:
@@ -152,16 +165,6 @@ class Schedule:
             # The small term: 1.1 * 390 is 429.00000000000006 in binary.
             return base * cfg.decay_rate ** math.floor(step / (cfg.decay_epochs * self.steps_per_epoch) + 1e-9)
         return base
-
-    def set(self, optimizer: torch.optim.Optimizer, step: int) -> float:
-        """Returns the LR of `step` after setting it in every group, in place where it is a tensor (for CUDA graphs)."""
-        value = self.lr(step)
-        for group in optimizer.param_groups:
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(value)
-            else:
-                group["lr"] = value
-        return value
 
     def describe(self) -> str:
         """Returns one line for the log: the effective LR and how it changes."""

@@ -16,10 +16,11 @@ from deit_fast.training import build, checkpoint, report
 from deit_fast.training.config import Config, to_dict, warnings
 from deit_fast.training.device import resolve_device, set_determinism
 from deit_fast.training.distillation import Objective
-from deit_fast.training.engine import Job, Trainer, check_resumable
+from deit_fast.training.engine import Trainer, check_resumable
 from deit_fast.training.evaluation import evaluate
 from deit_fast.training.files import remove_leftovers
 from deit_fast.training.finish import finish, is_finished
+from deit_fast.training.job import Job
 from deit_fast.training.optim import ModelEma
 from deit_fast.training.progress import Log
 from deit_fast.training.teacher_logits import TeacherLogits, stores_logits
@@ -28,8 +29,8 @@ from deit_fast.training.teachers import prepare_teacher, teacher_cache, teacher_
 # Settings that may differ between a run and its resumption: they change where it is computed and how it is watched, not
 # what. (finetune: the checkpoint brings the weights. Data and teacher are compared by their contents.)
 FREE_ON_RESUME = {"preset", "data_path", "download", "eval_batch_size", "workers", "skip_bad_images", "finetune",
-                  "teacher_path", "teacher_cache", "output_dir", "device", "resume", "eval", "log_interval",
-                  "checkpoint_interval"}
+                  "teacher_path", "teacher_cache", "output_dir", "device", "cuda_graphs", "resume", "eval",
+                  "log_interval", "checkpoint_interval"}
 
 
 def run(config: Config, log: Log) -> Path:
@@ -87,7 +88,7 @@ def _train(config: Config, data: ImageData, model: VisionTransformer, resume: Pa
     objective = Objective(model.tokens, config.distillation, teacher)
     logits = None
     if teacher is not None and stores_logits(config, train.recipe):
-        logits = TeacherLogits(config, data, teacher, train, teacher_cache(config.distillation) / "logits", log).epoch
+        logits = TeacherLogits(config, data, teacher, train, teacher_cache(config.distillation) / "logits", log).table
     log(f"loader: {train.description}")
     serving = build.probe(config, model, objective, train, device)
     log(f"ops: {', '.join(f'{op} {backend}' for op, backend in sorted(serving.ops.items()))}")

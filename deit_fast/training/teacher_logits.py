@@ -80,16 +80,11 @@ class TeacherLogits:
         }
         self._per_image: Tensor | None = None  # (M, K) fp16
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Tensor]:
-        """Iterates the logits (B, K) fp32 of the batches that `loader.epoch(epoch, start)` iterates.
-
-        Like there, the recipe of the moment of the call counts.
-        """
-        table, B = self.table(epoch), self.loader.batch_size  # (N, K)
-        return (table[step * B : (step + 1) * B].float() for step in range(start, len(self.loader)))
-
     def table(self, epoch: int) -> Tensor:
-        """(N, K) fp16 on the loader's device: the logits of an epoch's images in the order of its plan."""
+        """(N, K) fp16 on the loader's device: the logits of an epoch's images in the order of its plan.
+
+        As for `loader.epoch`, the recipe of the moment of the call counts.
+        """
         loader = self.loader
         if not same_every_epoch(self.config, loader.recipe):
             return self._stored(self._plan_key(epoch), f"epoch {epoch + 1}", self._of_epoch, epoch)

@@ -32,8 +32,9 @@ from deit_fast.training import checkpoint
 from deit_fast.training.build import build_eval_loaders
 from deit_fast.training.config import Config, DistillationConfig, OptimConfig
 from deit_fast.training.distillation import Teacher, TeacherInput
-from deit_fast.training.engine import Job, Trainer
+from deit_fast.training.engine import Trainer
 from deit_fast.training.evaluation import measure
+from deit_fast.training.job import Job
 from deit_fast.training.pretrained import pretrained_weights
 from deit_fast.training.progress import Log
 

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton import InterpreterError
 from triton.errors import TritonError
 
-from deit_fast.backend import BackendError
+from deit_fast.backend import KernelError
 
 from . import INTERPRETED, too_old
 
@@ -51,8 +52,8 @@ def recording() -> Iterator[list[Launch]]:
 def launch(op: str, kernel: Any, grid: int, x: Tensor, **arguments: Any) -> None:
     """Launches `grid` programs of a kernel on the current stream of x's device; no programs: no launch.
 
-    A kernel that does not compile is remembered in FAILED, so that the op's why_not gives the reason from then on and
-    the automatic order steps down; this call raises BackendError.
+    A kernel that does not compile, or needs more shared memory than the GPU has, is remembered in FAILED, so that the
+    op's why_not gives the reason from then on; this call raises KernelError, on which the automatic order steps down.
     """
     if grid == 0:
         return
@@ -64,16 +65,16 @@ def launch(op: str, kernel: Any, grid: int, x: Tensor, **arguments: Any) -> None
         try:
             kernel[(grid,)](**arguments)
         except (TritonError, subprocess.CalledProcessError, RuntimeError) as error:
-            if INTERPRETED or not _is_compile_error(error):
+            if not _is_compile_error(error):
                 raise
             FAILED[op] = f"Triton {triton.__version__} could not compile {kernel.__name__} here: {_first_line(error)}"
-            remedy = "call again for the next backend, or ask for backend='reference'"
-            raise BackendError(f"{op}: {FAILED[op]}; {remedy}.") from error
+            raise KernelError(f"{op}: {FAILED[op]}.") from error
 
 
 def _is_compile_error(error: BaseException) -> bool:
+    """Whether the kernel cannot run here at all, which a defect met by the interpreter or by CUDA does not mean."""
     signs = ("PassManager", "C compiler", "LLVM")
-    return not isinstance(error, RuntimeError) or any(sign in str(error) for sign in signs)
+    return not isinstance(error, (RuntimeError, InterpreterError)) or any(sign in str(error) for sign in signs)
 
 
 def _first_line(error: BaseException) -> str:

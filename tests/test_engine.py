@@ -239,6 +239,12 @@ def test_evaluation_uses_evaluation_mode_and_every_image(tmp_path):
 
 
 class TestProgress:
+    def test_text_is_printed_as_it_is(self):
+        """rich would turn the `:one:` of a data set called "folder:one" into a picture of the digit."""
+        console = Console(file=io.StringIO(), soft_wrap=True)
+        Log(console)("test split of folder:one: top-1 [bold]0.9[/bold]")
+        assert console.file.getvalue() == "test split of folder:one: top-1 [bold]0.9[/bold]\n"
+
     def test_plain_lines(self, tmp_path):
         """Where the output is no terminal: a line per log interval and one per epoch, nothing that moves the cursor."""
         lines = io.StringIO()

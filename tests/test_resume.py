@@ -14,7 +14,8 @@ import torch
 from commands import EVALUATION, RENAMING, STEP, TINY, VIT, WRITING, Death, random_death, train
 from safetensors.torch import load_file
 
-from deit_fast.training import checkpoint
+from deit_fast.train import main
+from deit_fast.training import checkpoint, report
 
 # Everything that has a state or draws at random: dropout, drop-path, all augmentation, mixing, EMA, accumulation.
 RICH = (*VIT, "--epochs", "2", "--model-ema", "--model-ema-decay", "0.9", "--grad-accum-steps", "2",
@@ -165,6 +166,25 @@ def test_killed_while_finishing(tmp_path):
     assert not (tmp_path / "summary.json").exists()
     assert train(*flags, "--resume").code == 0
     assert (tmp_path / "summary.json").exists() and (tmp_path / "confusion.png").exists()
+
+
+def test_a_signal_behind_the_last_evaluation_costs_no_state(tmp_path, monkeypatch):
+    """When the last epoch is saved, nothing may save again: for the report the best epoch's weights are loaded."""
+    write = report.write_metrics_csv
+
+    def write_when_told_to_stop(path, rows):
+        write(path, rows)
+        if len(rows) == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(report, "write_metrics_csv", write_when_told_to_stop)
+    flags = (*VIT, "--epochs", "2", "--model-ema", "--output-dir", str(tmp_path / "late"))
+    assert main(list(flags)) == 128 + signal.SIGTERM
+    monkeypatch.undo()
+    assert main([*flags[:-1], str(tmp_path / "whole")]) == 0
+    ours, theirs = (checkpoint.load(tmp_path / name / "last.pt")["model"] for name in ("late", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert main([*flags, "--resume"]) == 0 and (tmp_path / "late" / "summary.json").exists()
 
 
 def test_resumed_elsewhere(rich, tmp_path):

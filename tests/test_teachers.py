@@ -268,6 +268,15 @@ def test_a_trained_teacher_is_found_again(digits, tmp_path):
         teachers.prepare_teacher(wrong, digits, CPU, Log())
 
 
+@pytest.mark.parametrize(("counts", "top1", "warns"), [
+    ([50, 50], 0.95, False), ([50, 50], 0.52, True), ([90, 10], 0.9, True), ([90, 10], 0.97, False),
+    ([10] * 10, 0.15, True), ([10] * 10, 0.5, False), ([1] * 100, 0.1, False), ([1] * 100, 0.015, True)])
+def test_a_teacher_that_guesses_is_warned_of(counts, top1, warns):
+    """Chance is the share of the largest class; of two classes, every teacher is below twice that."""
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    assert teachers.hardly_better_than_chance(top1, labels) == warns
+
+
 def test_another_teacher_file_is_another_run(digits, tmp_path):
     def identity(path):
         return teachers.teacher_identity(config(teacher_path=str(path)), digits, CPU)

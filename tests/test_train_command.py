@@ -183,6 +183,9 @@ class TestBadInput:
         (["--eval", "--resume"], "last.pt does not exist"),
         (["--data-set", "folder", "--data-path", "missing"], "missing"),
         (["--aa", "rand-m99"], "rand-m99"),
+        (["--crop-pad", "9"], "--crop-pad 9 is wider than the images of 8 pixels"),
+        (["--mixup", "1e5"], "--mixup must be in [0, 10000], got 100000.0"),
+        (["--recount", "100000"], "--recount must be in [1, 16], got 100000"),
         pytest.param(["--device", "cuda:31"], "--device cuda:31: PyTorch sees"),
         (["--output-dir", "/dev/null/x"], "/dev/null/x"),
     ])

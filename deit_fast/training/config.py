@@ -72,9 +72,9 @@ class AugmentationConfig(Section):
                       "rand-m9-mstd0.5-inc1", pattern=r"none|ra|ta_wide|rand(-[a-z]+[0-9.]+)*")
     reprob: float = setting(0.0, "probability of random erasing", within="[0, 1]")
     remode: str = setting("pixel", "erase with normal noise or with the mean", choices=("pixel", "const"))
-    recount: int = setting(1, "most boxes erased in an image", within="[1, inf)")
-    mixup: float = setting(0.0, "alpha of MixUp's Beta(alpha, alpha); 0: no MixUp", within="[0, inf)")
-    cutmix: float = setting(0.0, "alpha of CutMix's Beta(alpha, alpha); 0: no CutMix", within="[0, inf)")
+    recount: int = setting(1, "most boxes erased in an image", within="[1, 16]")
+    mixup: float = setting(0.0, "alpha of MixUp's Beta(alpha, alpha); 0: no MixUp", within="[0, 10000]")
+    cutmix: float = setting(0.0, "alpha of CutMix's Beta(alpha, alpha); 0: no CutMix", within="[0, 10000]")
     cutmix_minmax: tuple[float, float] | None = setting(
         None, "CutMix with a box whose sides are such shares of the image's, instead of --cutmix", within="(0, 1]",
         metavar="MIN MAX")

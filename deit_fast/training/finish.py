@@ -32,6 +32,7 @@ def is_finished(output_dir: Path, epochs: int) -> bool:
 def finish(config: Config, data: ImageData, trainer: Trainer, serving: Serving, teacher: TeacherReport | None,
            log: Log) -> None:
     """Writes model.safetensors, curves.png, confusion.png and, last of all, summary.json."""
+    trainer.signals.check()  # behind the last evaluation; from here on the model holds the best epoch's weights
     output_dir, model, history = trainer.job.output_dir, trainer.job.model, trainer.history
     best = checkpoint.load(output_dir / "best.pt", trainer.device)
     row, prefix = best["row"], "" if best["ema"] is None else "ema_"
@@ -56,6 +57,7 @@ def finish(config: Config, data: ImageData, trainer: Trainer, serving: Serving, 
         "threads": torch.get_num_threads(),
         "training_seconds": sum(row["seconds"] for row in history), "wall_seconds": trainer.wall_seconds})
     figures = ", ".join(f"{_WORDS.get(name, name)} {row[f'{prefix}test_{name}']:.4f}" for name in METRICS)
-    log(f"best epoch {row['epoch']} (by {best['best']['metric']}), on the test split of {data.name}: {figures}")
+    which, why = ("last", "no validation split") if data.val is None else ("best", f"by {best['best']['metric']}")
+    log(f"{which} epoch {row['epoch']} ({why}), on the test split of {data.name}: {figures}")
     names = sorted(path.name for path in output_dir.iterdir() if not path.name.startswith("."))
     log(f"written to {output_dir}: {', '.join(names)}")

@@ -35,6 +35,11 @@ class StopSignals:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
 
+    def check(self) -> None:
+        """Raises Interrupted when a signal has arrived: for a caller whose state is saved."""
+        if self.arrived is not None:
+            raise Interrupted(self.arrived)
+
     def _remember(self, signum: int, _frame: FrameType | None) -> None:
         self.arrived = signum
         signal.signal(signum, self._before[signum])

@@ -18,7 +18,7 @@ class Log:
         self.console = console or Console(soft_wrap=True)
 
     def __call__(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 class Progress:

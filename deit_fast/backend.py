@@ -78,7 +78,7 @@ class Op:
 
     def select(self, requested: str | None, *call: object) -> str:
         """The backend that serves this call; BackendError when the one asked for by name cannot."""
-        asked = requested or _asked(self.name)
+        asked = _asked(self.name) if requested is None else requested
         if asked is None:
             order = tuple(self.offers) if self.order is None else self.order(*call)
             order = (name for name in order if name not in BY_NAME_ONLY)

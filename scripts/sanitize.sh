@@ -27,6 +27,6 @@ for isa in "${@:-}" generic; do
     echo "== ${isa:-the best instruction set}"
     export DEIT_FAST_CPU_ISA=$isa
     "$python" -m pytest -q -p no:cacheprovider tests/test_parity.py -k "cpu and test_eager"
-    "$python" -m pytest -q -p no:cacheprovider tests/test_cpu_kernels.py tests/test_cpu_attention.py tests/test_augment.py \
-        -k "not instruction_set and not triton and not cuda"
+    "$python" -m pytest -q -p no:cacheprovider tests/test_random_calls.py tests/test_cpu_kernels.py \
+        tests/test_cpu_attention.py tests/test_augment.py -k "not instruction_set and not compile"
 done

@@ -5,8 +5,9 @@ under plain build isolation. There is one CPU module per instruction set (`deit_
 the same sources in csrc/cpu, so that an inline function compiled for AVX-512 cannot leak into the AVX2 path; the loader
 picks one at import. `deit_fast._cuda` is built when nvcc is found.
 
-Environment: CXX, CXXFLAGS, CUDA_HOME as everywhere; DEIT_FAST_CUDA=0 leaves `_cuda` out; DEIT_FAST_CUDA_ARCHS="90" limits
-its targets (default "80 90 100", plus PTX of the last).
+Environment: CXX, CXXFLAGS, CUDA_HOME as everywhere; DEIT_FAST_CPU_ISAS="avx2" limits the CPU modules (generic is always
+built: the loader asks it what the processor runs); DEIT_FAST_CUDA=0 leaves `_cuda` out; DEIT_FAST_CUDA_ARCHS="90" limits its
+targets (default "80 90 100", plus PTX of the last).
 """
 
 from __future__ import annotations
@@ -61,6 +62,14 @@ def compiles(compiler: list[str], flags: list[str]) -> bool:
         source.write_text("#include <cmath>\nint main() { return 0; }\n")
         command = [*compiler, *flags, "-c", str(source), "-o", str(Path(folder, "probe.o"))]
         return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def cpu_isas() -> list[str]:
+    """The instruction sets to build a CPU module for: DEIT_FAST_CPU_ISAS ("avx2", "avx2 avx512") and generic, or all."""
+    wanted = os.environ.get("DEIT_FAST_CPU_ISAS", " ".join(ISAS)).replace(",", " ").split()
+    if unknown := [isa for isa in wanted if isa not in ISAS]:
+        raise SystemExit(f"DEIT_FAST_CPU_ISAS: there is no {', '.join(unknown)} here. Known: {', '.join(ISAS)}.")
+    return [isa for isa in ISAS if isa in (*wanted, "generic")]
 
 
 def cuda_targets() -> list[str]:
@@ -152,7 +161,7 @@ def sources(folder: str, *endings: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / folder).glob("*") if path.suffix in endings)
 
 
-extensions = [Extension(f"deit_fast._cpu_{isa}", sources("cpu", ".cpp")) for isa in ISAS]
+extensions = [Extension(f"deit_fast._cpu_{isa}", sources("cpu", ".cpp")) for isa in cpu_isas()]
 if find_nvcc() and sources("cuda", ".cu"):
     extensions.append(Extension("deit_fast._cuda", sources("cuda", ".cu", ".cpp")))
 

@@ -88,8 +88,9 @@ class Op:
 
     def asked(self, requested: str | None) -> str | None:
         """The backend that somebody named for a call with this `backend=` argument, or None: the op's own order counts."""
-        return requested or _override.get(self.name) or _override.get("*") or _environment.get(self.name) \
-            or _environment.get("*")
+        if requested is not None:
+            return requested
+        return _override.get(self.name) or _override.get("*") or _environment.get(self.name) or _environment.get("*")
 
     def select(self, requested: str | None, *call: object) -> str:
         """The backend that serves this call; BackendError when the one asked for by name cannot."""

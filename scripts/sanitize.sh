@@ -4,6 +4,7 @@
 #
 #   scripts/sanitize.sh [isa ...]      default: the set that the processor would use, and generic
 #   PYTHON=...                         the interpreter (python3)
+#   DEIT_FAST_EXAMPLES=...             how many random calls of each kind
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -14,15 +15,18 @@ cp -r "$root"/{setup.py,pyproject.toml,README.md,csrc,deit_fast,tests} "$copy"
 rm -f "$copy"/deit_fast/_c*.so
 
 cd "$copy"
-CXX="g++ -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer" CXXFLAGS="-O1 -g1" DEIT_FAST_CUDA=0 \
+export DEIT_FAST_CUDA=0
+[ $# -eq 0 ] || export DEIT_FAST_CPU_ISAS="$*"
+CXX="g++ -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer" CXXFLAGS="-O1 -g1" \
     "$python" setup.py build_ext --inplace
 
 # The interpreter itself is not instrumented: the runtime comes first by preloading, and its leaks are not ours.
 export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)"
-export ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$copy
+export ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$copy DEIT_FAST_REQUIRE=
 for isa in "${@:-}" generic; do
     echo "== ${isa:-the best instruction set}"
-    DEIT_FAST_CPU_ISA=$isa DEIT_FAST_REQUIRE= "$python" -m pytest -q -p no:cacheprovider tests/test_parity.py \
-        -k "cpu and test_eager and not augment"
-    DEIT_FAST_CPU_ISA=$isa "$python" -m pytest -q -p no:cacheprovider tests/test_cpu_kernels.py -k "random or masks or threads"
+    export DEIT_FAST_CPU_ISA=$isa
+    "$python" -m pytest -q -p no:cacheprovider tests/test_parity.py -k "cpu and test_eager"
+    "$python" -m pytest -q -p no:cacheprovider tests/test_random_calls.py tests/test_cpu_kernels.py \
+        tests/test_cpu_attention.py tests/test_augment.py -k "not instruction_set and not compile"
 done

@@ -111,6 +111,19 @@ def test_nan_and_infinity_reach_the_output_like_the_references() -> None:
     assert torch.equal(torch.isnan(ours), torch.isnan(theirs))
 
 
+@pytest.mark.parametrize("N", [5, 66, 198])
+@pytest.mark.parametrize("part", [0, 1, 2])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_infinity_reach_the_gradients_of_a_softmax_written_out(N: int, part: int, value: float) -> None:
+    """One spoilt q, k or v; seeded dropout, at a rate that drops nothing, makes the reference write its softmax out."""
+    qkv = torch.randn(1, N, 3, 2, 8)
+    qkv[0, N // 2, part, 1, 3] = value
+    settings = {"dropout_p": 1e-12, "seed": SEED}
+    results = [forward_backward(qkv.flatten(2), 2, backend, **settings) for backend in ("cpu", "reference")]
+    for ours, theirs in zip(*results):
+        assert torch.equal(ours.isfinite(), theirs.isfinite())
+
+
 def test_what_it_does_not_serve() -> None:
     qkv = torch.randn(1, 5, 24)
     for bad, settings, words in ((qkv.half(), {}, "float16 activations have no C"),

@@ -84,3 +84,16 @@ def test_cuda_targets(monkeypatch: pytest.MonkeyPatch) -> None:
                                     "-gencode", "arch=compute_90,code=compute_90"]
     monkeypatch.setenv("DEIT_FAST_CUDA", "0")
     assert setup.find_nvcc() is None
+
+
+def test_cpu_isas(monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = load_setup()
+    assert setup.cpu_isas() == list(setup.ISAS)
+    monkeypatch.setenv("DEIT_FAST_CPU_ISAS", "")
+    assert setup.cpu_isas() == ["generic"]
+    if "avx2" in setup.ISAS:
+        monkeypatch.setenv("DEIT_FAST_CPU_ISAS", "avx2,avx512")
+        assert setup.cpu_isas() == ["generic", "avx2", "avx512"]
+    monkeypatch.setenv("DEIT_FAST_CPU_ISAS", "avx2 sse9")
+    with pytest.raises(SystemExit, match="there is no sse9 here"):
+        setup.cpu_isas()

@@ -33,7 +33,7 @@ inline Vec exp2(Vec x) {
 }
 
 // log2(x) for normal x > 0: x = m 2^e with m in [0.7, 1.4), and the series of 2 atanh(s), s = (m - 1) / (m + 1), |s| <
-// 0.18.
+// 0.18. NaN for NaN and infinity, whose bits are not of that form: x - x tells them.
 inline Vec log2(Vec x) {
     const IVec e = (as_int(x) - 0x3f3504f3) >> 23;  // the constant is sqrt(1/2)
     const Vec m = as_float(as_int(x) - (e << 23));
@@ -42,7 +42,7 @@ inline Vec log2(Vec x) {
     p = fma(p, u, set1(0.57707802f));
     p = fma(p, u, set1(0.96179669f));
     p = fma(p, u, set1(2.8853901f));
-    return fma(p, s, __builtin_convertvector(e, Vec));
+    return fma(p, s, __builtin_convertvector(e, Vec) + (x - x));
 }
 
 // ---- Transpositions. Elements of C vectors, read as one sequence, are numbered (row, column) for C columns; taking

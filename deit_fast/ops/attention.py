@@ -7,13 +7,15 @@ fits on chip, so nothing of size N x N is ever written.
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 from torch import Tensor
 
 from deit_fast import reference
 from deit_fast.kernels import cpu
 
-from .checks import autocast_dtype, cast, check, check_activation, check_dropout, without_autocast
+from .checks import autocast_dtype, cast, check, check_activation, check_dropout, check_number, without_autocast
 from .registration import NativeOp
 
 
@@ -52,16 +54,20 @@ def attention(qkv: Tensor, num_heads: int, scale: float | None = None, dropout_p
     Raises ValueError or TypeError for shapes, dtypes or devices that do not fit, BackendError for a backend that cannot
     serve the call. Vaswani et al. 2017, section 3.2.
     """
-    _check(qkv, num_heads, dropout_p, seed)
+    _check(qkv, num_heads, scale, dropout_p, seed)
     (qkv,) = cast(autocast_dtype(qkv), qkv)
     call = (qkv, num_heads, scale, dropout_p, seed)
     with without_autocast(qkv):
         return NATIVE(backend, *call)
 
 
-def _check(qkv: Tensor, num_heads: int, dropout_p: float, seed: Tensor | None) -> None:
+def _check(qkv: Tensor, num_heads: int, scale: float | None, dropout_p: float, seed: Tensor | None) -> None:
     check_activation(OP.name, "qkv", qkv)
+    if not isinstance(num_heads, (int, numbers.Integral)):
+        raise TypeError(f"{OP.name}: num_heads must be an integer, got {type(num_heads).__name__}.")
     check(num_heads >= 1, OP.name, f"num_heads must be at least 1, got {num_heads}")
+    if scale is not None:
+        check_number(OP.name, "scale", scale)
     check(qkv.dim() == 3 and qkv.shape[1] > 0 and qkv.shape[2] > 0 and qkv.shape[2] % (3 * num_heads) == 0, OP.name,
           f"qkv must have shape (B, N, 3*C) with C divisible by num_heads={num_heads}, got {tuple(qkv.shape)}")
     check_dropout(OP.name, dropout_p, seed, qkv)

@@ -6,6 +6,7 @@ Everything here is known without reading a tensor's values, so nothing synchroni
 
 from __future__ import annotations
 
+import numbers
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -20,20 +21,32 @@ def check(condition: bool, op: str, message: str) -> None:
         raise ValueError(f"{op}: {message}.")
 
 
+def check_tensor(op: str, name: str, value: object) -> None:
+    """value is a tensor, and a dense one."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}.")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense tensor, got layout {value.layout}; call to_dense() on it.")
+
+
+def check_number(op: str, name: str, value: object) -> None:
+    """value is a real number (not a tensor, whose value would have to be fetched)."""
+    if not isinstance(value, (int, float, numbers.Real)):
+        raise TypeError(f"{op}: {name} must be a number, got {type(value).__name__}.")
+
+
 def check_activation(op: str, name: str, x: Tensor) -> None:
     """x is a floating-point tensor of a dtype that the ops compute in."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}.")
+    check_tensor(op, name, x)
     if x.dtype not in FLOATING:
         raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {x.dtype}.")
 
 
 def check_parameter(op: str, name: str, parameter: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:
-    """A parameter (None passes: a left-out bias) has this shape, lies on x's device, and is fp32 or of x's dtype."""
-    if parameter is None:
+    """A parameter has this shape, lies on x's device, and is fp32 or of x's dtype; only a bias may be None."""
+    if parameter is None and name.endswith("bias"):
         return
-    if not isinstance(parameter, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, got {type(parameter).__name__}.")
+    check_tensor(op, name, parameter)
     check(tuple(parameter.shape) == shape, op, f"{name} must have shape {shape}, got {tuple(parameter.shape)}")
     if parameter.dtype != x.dtype and not (parameter.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)):
         raise TypeError(f"{op}: {name} must be float32 or of the activations' dtype {x.dtype}, got {parameter.dtype}.")
@@ -47,6 +60,7 @@ def check_device(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
 
 def check_dropout(op: str, dropout_p: float, seed: Tensor | None, x: Tensor) -> None:
     """0 <= dropout_p < 1, and the seed is None or a () int64 tensor on x's device."""
+    check_number(op, "dropout_p", dropout_p)
     check(0.0 <= dropout_p < 1.0, op, f"dropout_p must be in [0, 1), got {dropout_p}")
     if seed is None:
         return

@@ -11,7 +11,7 @@ from torch import Tensor
 from deit_fast import reference
 from deit_fast.kernels.cpu import launch
 
-from .checks import autocast_dtype, cast, check, check_activation, check_parameter, without_autocast
+from .checks import autocast_dtype, cast, check, check_activation, check_number, check_parameter, without_autocast
 from .registration import NativeOp
 
 NATIVE = NativeOp(
@@ -37,15 +37,17 @@ def layernorm_linear(x: Tensor, ln_weight: Tensor, ln_bias: Tensor | None, weigh
     Raises ValueError or TypeError for shapes, dtypes or devices that do not fit, BackendError for a backend that cannot
     serve the call. Ba et al. 2016 (LayerNorm); the name is TransformerEngine's.
     """
-    _check(x, ln_weight, ln_bias, weight, bias)
+    _check(x, ln_weight, ln_bias, weight, bias, eps)
     (x,) = cast(autocast_dtype(x), x)
     call = (x, ln_weight, ln_bias, weight, bias, eps)
     with without_autocast(x):
         return NATIVE(backend, *call)
 
 
-def _check(x: Tensor, ln_weight: Tensor, ln_bias: Tensor | None, weight: Tensor, bias: Tensor | None) -> None:
+def _check(x: Tensor, ln_weight: Tensor, ln_bias: Tensor | None, weight: Tensor, bias: Tensor | None,
+           eps: float) -> None:
     check_activation(OP.name, "x", x)
+    check_number(OP.name, "eps", eps)
     check(x.dim() >= 1 and x.shape[-1] > 0, OP.name, f"x must have shape (..., C) with C > 0, got {tuple(x.shape)}")
     C = x.shape[-1]
     check(isinstance(weight, Tensor) and weight.dim() == 2 and weight.shape[1] == C, OP.name,

@@ -11,8 +11,8 @@ from torch import Tensor
 from deit_fast import reference
 from deit_fast.kernels.cpu import launch
 
-from .checks import (autocast_dtype, cast, check, check_activation, check_dropout, check_parameter, check_row_scale,
-                     without_autocast)
+from .checks import (autocast_dtype, cast, check, check_activation, check_dropout, check_number, check_parameter,
+                     check_row_scale, without_autocast)
 from .registration import NativeOp
 
 NATIVE = NativeOp(
@@ -45,7 +45,7 @@ def layernorm_mlp(x: Tensor, ln_weight: Tensor, ln_bias: Tensor | None, fc1_weig
     GELU is the exact one, x Phi(x) (Hendrycks & Gimpel 2016), as in ViT; the op's name is TransformerEngine's. Raises
     ValueError or TypeError for shapes, dtypes or devices that do not fit, BackendError for a backend that cannot serve it.
     """
-    _check(x, ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, dropout_p, seed, row_scale)
+    _check(x, ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps, dropout_p, seed, row_scale)
     (x,) = cast(autocast_dtype(x), x)
     call = (x, ln_weight, ln_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps, dropout_p, seed, row_scale)
     with without_autocast(x):
@@ -53,9 +53,10 @@ def layernorm_mlp(x: Tensor, ln_weight: Tensor, ln_bias: Tensor | None, fc1_weig
 
 
 def _check(x: Tensor, ln_weight: Tensor, ln_bias: Tensor | None, fc1_weight: Tensor, fc1_bias: Tensor | None,
-           fc2_weight: Tensor, fc2_bias: Tensor | None, dropout_p: float, seed: Tensor | None,
-           row_scale: Tensor | None) -> None:
+           fc2_weight: Tensor, fc2_bias: Tensor | None, eps: float, dropout_p: float,
+           seed: Tensor | None, row_scale: Tensor | None) -> None:
     check_activation(OP.name, "x", x)
+    check_number(OP.name, "eps", eps)
     check(x.dim() >= 1 and x.shape[-1] > 0, OP.name, f"x must have shape (B, ..., C) with C > 0, got {tuple(x.shape)}")
     C = x.shape[-1]
     check(isinstance(fc1_weight, Tensor) and fc1_weight.dim() == 2 and fc1_weight.shape[1] == C, OP.name,

@@ -56,8 +56,9 @@ def layernorm_mlp(x: Tensor, ln_weight: Tensor, ln_bias: Tensor | None, fc1_weig
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """LayerNorm over the last dimension, in fp32 where the parameters are wider than x: (..., C) -> (..., C)."""
-    y = F.layer_norm(x.to(weight.dtype), weight.shape, weight, bias, eps)
+    """LayerNorm over the last dimension, in fp32 where a parameter is wider than x: (..., C) -> (..., C)."""
+    wide = weight.dtype if bias is None else torch.promote_types(weight.dtype, bias.dtype)
+    y = F.layer_norm(x.to(wide), weight.shape, weight.to(wide), None if bias is None else bias.to(wide), eps)
     return y.to(x.dtype)
 
 

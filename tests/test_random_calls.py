@@ -1,0 +1,110 @@
+"""Random calls of every CPU op: right numbers or a named error, and never a crash.
+
+`DEIT_FAST_EXAMPLES` is how many: 10,000 in scripts/slow_tests.sh, a few hundred and always the same otherwise. The bound on
+the numbers is coarse, since it has to hold for any shape: test_parity.py has the fine one.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from deit_fast import ops, reference
+from deit_fast.backend import BackendError
+from deit_fast.kernels import cpu
+from random_calls import Call, cotangent_like, spoilt_calls, valid_calls
+
+pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
+EXAMPLES = os.environ.get("DEIT_FAST_EXAMPLES")
+
+
+def share(part: float) -> settings:
+    """Settings for this part of all examples."""
+    return settings(max_examples=max(1, round(part * int(EXAMPLES or 300))), deadline=None, derandomize=EXAMPLES is None,
+                    database=None, suppress_health_check=list(HealthCheck))
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def run(function, call: Call, **keywords: object) -> dict[str, Tensor]:
+    """The output and the gradients of call.needs, by name."""
+    leaves = {name: call.arguments[name].detach().requires_grad_() for name in call.needs}
+    out = function(**{**call.arguments, **leaves}, **keywords)
+    assert out.requires_grad == bool(leaves)
+    if not leaves:
+        return {"out": out}
+    grads = torch.autograd.grad(out, list(leaves.values()), cotangent_like(out, call.cotangent))
+    return {"out": out.detach(), **dict(zip(leaves, grads))}
+
+
+def served(call: Call) -> dict[str, Tensor]:
+    """What `cpu` returns, with the promises that hold for every call."""
+    torch.set_num_threads(call.threads)
+    before = {name: call.arguments[name].clone() for name in call.tensors()}
+    results = run(getattr(ops, call.op), call, backend="cpu")
+    assert results["out"].is_contiguous()
+    for name, value in before.items():
+        assert torch.equal(value.nan_to_num(), call.arguments[name].nan_to_num()), f"{name} was written to"
+    return results
+
+
+@share(0.5)
+@given(valid_calls())
+def test_random_calls(call: Call) -> None:
+    """Right numbers, forward and backward, for whatever the reference accepts."""
+    actual = served(call)
+    double = {name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+              for name, value in call.arguments.items()}
+    truth = run(getattr(reference, call.op), Call(call.op, double, call.needs, call.cotangent))
+    x = next(iter(call.arguments.values()))  # x or qkv: the activations come first
+    unit = 3e-5 if x.dtype == torch.float32 else 3e-2
+    scale = 1 / (1 - call.arguments.get("dropout_p", 0.0))  # of what dropout keeps
+    for name, value in actual.items():
+        assert value.shape == truth[name].shape
+        if value.numel():
+            error, size = (value.double() - truth[name]).abs().max().item(), truth[name].abs().max().item()
+            narrow = x.shape[-1] < 4 or call.arguments.get("eps", 1) < 1e-6  # LayerNorm of few nearly equal values amplifies rounding
+            terms = value.numel() and x.numel() / x.shape[-1]  # a sum over the rows may cancel
+            assert error <= unit * (size + scale * (1 + terms**0.5)) * (100 if narrow else 1), f"{name}: {error} of {size}"
+
+
+@share(0.2)
+@given(valid_calls(), st.data())
+def test_nan_and_infinity_reach_what_they_reach_in_the_reference(call: Call, data: st.DataObject) -> None:
+    """One element spoilt: the same elements of the output and of every gradient are finite.
+
+    Attention is held against a softmax written out, which `reference` takes with seeded dropout (the rate drops nothing here):
+    PyTorch's fused kernels make zeros of a row of NaN or of -inf.
+    """
+    if call.op == "attention" and not call.arguments.get("dropout_p"):
+        call = replace(call, arguments={**call.arguments, "dropout_p": 1e-12, "seed": torch.tensor(0)})
+    names = [name for name in call.tensors() if name != "seed" and call.arguments[name].numel()]
+    if not names:
+        return
+    name = data.draw(st.sampled_from(names))
+    value = call.arguments[name].contiguous().clone()
+    value.view(-1)[data.draw(st.integers(0, value.numel() - 1))] = data.draw(st.sampled_from([torch.nan, torch.inf, -torch.inf]))
+    call = call.with_argument(name, value)
+    actual, expected = served(call), run(getattr(reference, call.op), call)
+    for name, value in actual.items():
+        assert torch.equal(value.isfinite(), expected[name].isfinite()), name
+
+
+@share(0.3)
+@given(spoilt_calls())
+def test_random_invalid_calls(drawn: tuple[Call, str]) -> None:
+    """One argument spoilt: an error that names the op, never a crash or a silent answer."""
+    call, _what = drawn
+    with pytest.raises((ValueError, TypeError, BackendError), match=f"^{call.op}: "):
+        getattr(ops, call.op)(**{"backend": "cpu", **call.arguments})

@@ -49,6 +49,8 @@ struct Words {  // a matrix operand: element (m, k) is p[m * row + k * step]
 struct Panels {  // b: panel j's row k begins at p + j * panel + k * step
     const float* p;
     long panel, step;
+
+    Panels from(long j) const { return {p + j * panel, panel, step}; }
 };
 
 // c (ROWS, NR) = or += a (ROWS, K) b (K, NR), in registers. The sum starts from zero and joins c at the end: a long K

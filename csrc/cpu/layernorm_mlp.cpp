@@ -43,24 +43,24 @@ struct Shared {  // parameters, converted and packed; w1_direct and w2_direct fo
 
 template <class E> struct ForwardScratch {
     Tile<E> normal, h;
-    float *u, *y, *room;  // u (TILE, NR), y (TILE, C)
+    float *u, *y, *room;  // u (TILE, GROUP), y (TILE, C)
     ForwardScratch(Arena& arena, long C, long F)
         : normal(arena.tile<E>(FORWARD_TILE, C)), h(arena.tile<E>(FORWARD_TILE, block_width(F))),
-          u(arena.take(FORWARD_TILE * NR)), y(arena.take(FORWARD_TILE * padded(C))),
-          room(arena.take(Branch::room(std::max<long>(C, NR)))) {}
+          u(arena.take(FORWARD_TILE * GROUP)), y(arena.take(FORWARD_TILE * padded(C))),
+          room(arena.take(Branch::room(std::max(C, GROUP)))) {}
 };
 
 template <class E> struct BackwardScratch {
     Tile<E> normal, grad, h, du;
-    // u, dh (R, NR), dnormal (R, C)
+    // u, dh (R, GROUP), dnormal (R, C)
     float *normal_tokens, *grad_tokens, *h_tokens, *du_tokens, *u, *dh, *dnormal, *room;
     BackwardScratch(Arena& arena, long C, long F, long R)
         : normal(arena.tile<E>(R, C)), grad(arena.tile<E>(R, C)),
           h(arena.tile<E>(R, block_width(F))), du(arena.tile<E>(R, block_width(F))),
           normal_tokens(tokens(arena, R, C)), grad_tokens(tokens(arena, R, C)), h_tokens(tokens(arena, R,
               block_width(F))),
-          du_tokens(tokens(arena, R, block_width(F))), u(arena.take(R * NR)), dh(arena.take(R * NR)),
-          dnormal(arena.take(R * padded(C))), room(arena.take(Branch::room(std::max<long>(C, NR)))) {}
+          du_tokens(tokens(arena, R, block_width(F))), u(arena.take(R * GROUP)), dh(arena.take(R * GROUP)),
+          dnormal(arena.take(R * padded(C))), room(arena.take(Branch::room(std::max(C, GROUP)))) {}
     static float* tokens(Arena& arena, long rows, long width) { return arena.take(token_room(rows, width)); }
 };
 
@@ -71,15 +71,15 @@ struct Partial {  // one chunk's sums: dfc1 is (C, F), transposed; dfc2 (C, F)
     long dfc2 = dfc1 + padded(C) * padded(F), words = dfc2 + padded(C) * padded(F);
 };
 
-// h = mask gelu(u + b1) for the NR features from `col` of the rows row .. row + rows - 1.
+// h = mask gelu(u + b1) for the `cols` features from `col` of the rows row .. row + rows - 1; u (rows, GROUP).
 template <class E>
-void activate(const Branch& hidden, long row, long rows, long col, const float* u, const float* b1, Tile<E> h,
-              long at, float* room) {
+void activate(const Branch& hidden, long row, long rows, long col, long cols, const float* u, const float* b1,
+              Tile<E> h, long at, float* room) {
     for (long r = 0; r < rows; ++r) {
         const float* keep = hidden.drop.on ? dropout_row(hidden.drop, SITE_HIDDEN,
-                                                         uint64_t(row + r) * hidden.width + col, NR, room) : nullptr;
-        for (int c = 0; c < NR; c += LANES) {
-            Vec v = gelu(load(u + r * NR + c) + load(b1 + col + c));
+                                                         uint64_t(row + r) * hidden.width + col, cols, room) : nullptr;
+        for (long c = 0; c < cols; c += LANES) {
+            Vec v = gelu(load(u + r * GROUP + c) + load(b1 + col + c));
             if (keep) v *= load(keep + c);
             store(h.row(r) + at + c, v);
         }
@@ -88,15 +88,14 @@ void activate(const Branch& hidden, long row, long rows, long col, const float* 
 
 // The same with the gradient: du = mask dh gelu'(u + b1).
 template <class E>
-void activate_backward(const Branch& hidden, long row, long rows, long col, const float* u, const float* b1,
-                       const float* dh,
-                       Tile<E> h, Tile<E> du, long at, float* room) {
+void activate_backward(const Branch& hidden, long row, long rows, long col, long cols, const float* u, const float* b1,
+                       const float* dh, Tile<E> h, Tile<E> du, long at, float* room) {
     for (long r = 0; r < rows; ++r) {
         const float* keep = hidden.drop.on ? dropout_row(hidden.drop, SITE_HIDDEN,
-                                                         uint64_t(row + r) * hidden.width + col, NR, room) : nullptr;
-        for (int c = 0; c < NR; c += LANES) {
-            Vec slope, v = gelu(load(u + r * NR + c) + load(b1 + col + c), slope);
-            slope *= load(dh + r * NR + c);
+                                                         uint64_t(row + r) * hidden.width + col, cols, room) : nullptr;
+        for (long c = 0; c < cols; c += LANES) {
+            Vec slope, v = gelu(load(u + r * GROUP + c) + load(b1 + col + c), slope);
+            slope *= load(dh + r * GROUP + c);
             if (keep) v *= load(keep + c), slope *= load(keep + c);
             store(h.row(r) + at + c, v);
             store(du.row(r) + at + c, slope);
@@ -132,10 +131,11 @@ template <class T> void forward(const LayerNormMlp& a, T* out) {
             normalise(ln, x + row * C, rows, mean, rstd, s.normal);
             for (long block = 0; block < padded(F); block += width) {
                 const long cols = std::min(width, padded(F) - block);
-                for (long c = 0; c < cols; c += NR) {
-                    multiply<E>(rows, 1, padded(C) / PER_WORD<E>, s.normal.rows(),
-                                {w1.p + (block + c) / NR * w1.panel, 0, NR}, s.u, NR, false);
-                    activate(hidden, row, rows, block + c, s.u, shared.b1, s.h, c, s.room);
+                for (long c = 0; c < cols; c += GROUP) {
+                    const long group = std::min(GROUP, cols - c);
+                    multiply<E>(rows, group / NR, padded(C) / PER_WORD<E>, s.normal.rows(), w1.from((block + c) / NR),
+                                s.u, GROUP, false);
+                    activate(hidden, row, rows, block + c, group, s.u, shared.b1, s.h, c, s.room);
                 }
                 multiply<E>(rows, padded(C) / NR, cols / PER_WORD<E>, s.h.rows(),
                             {w2.p + block / PER_WORD<E> * NR, w2.panel, NR}, s.y, padded(C), block > 0);
@@ -190,13 +190,14 @@ template <class T> void backward(const LayerNormMlp& a, const T* grad, T* dx, co
                     rows, C, s.grad_tokens);
                 for (long block = 0; block < padded(F); block += width) {
                     const long cols = std::min(width, padded(F) - block);
-                    for (long c = 0; c < cols; c += NR) {
-                        const long j = (block + c) / NR;
-                        multiply<E>(rows, 1, padded(C) / PER_WORD<E>, s.normal.rows(), {w1.p + j * w1.panel, 0, NR},
-                                    s.u, NR, false);
-                        multiply<E>(rows, 1, padded(C) / PER_WORD<E>, s.grad.rows(), {w2.p + j * w2.panel, 0, NR},
-                                    s.dh, NR, false);
-                        activate_backward(hidden, row, rows, block + c, s.u, shared.b1, s.dh, s.h, s.du, c, s.room);
+                    for (long c = 0; c < cols; c += GROUP) {
+                        const long j = (block + c) / NR, group = std::min(GROUP, cols - c);
+                        multiply<E>(rows, group / NR, padded(C) / PER_WORD<E>, s.normal.rows(), w1.from(j), s.u, GROUP,
+                                    false);
+                        multiply<E>(rows, group / NR, padded(C) / PER_WORD<E>, s.grad.rows(), w2.from(j), s.dh, GROUP,
+                                    false);
+                        activate_backward(hidden, row, rows, block + c, group, s.u, shared.b1, s.dh, s.h, s.du, c,
+                                          s.room);
                     }
                     add_column_sums(s.du, rows, cols, partial + at.db1 + block);
                     if (weights) {

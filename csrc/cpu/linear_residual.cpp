@@ -20,9 +20,9 @@ struct Shared {
 
 template <class E> struct ForwardScratch {
     Tile<E> x;
-    float *y, *room;  // y (TILE, NR)
+    float *y, *room;  // y (TILE, GROUP)
     ForwardScratch(Arena& arena, long C)
-        : x(arena.tile<E>(TILE, C)), y(arena.take(TILE * NR)), room(arena.take(Branch::room(NR))) {}
+        : x(arena.tile<E>(TILE, C)), y(arena.take(TILE * GROUP)), room(arena.take(Branch::room(GROUP))) {}
 };
 
 template <class E> struct BackwardScratch {
@@ -59,10 +59,11 @@ template <class T> void forward(const LinearResidual& a, const T* residual, T* o
         for (long row = 0; row < a.M; row += tile) {
             const long rows = std::min(tile, a.M - row);
             const Tile<E> tile_x = tile_of(x + row * C, rows, C, s.x);
-            for (long j = 0; j < padded(F) / NR; ++j) {
-                multiply<E>(rows, 1, padded(C) / PER_WORD<E>, tile_x.rows(), {weight.p + j * weight.panel, 0, NR},
-                            s.y, NR, false);
-                add_branch(branch, row, rows, j * NR, NR, s.y, NR, shared.bias, residual, out, s.room);
+            for (long col = 0; col < padded(F); col += GROUP) {
+                const long cols = std::min(GROUP, padded(F) - col);
+                multiply<E>(rows, cols / NR, padded(C) / PER_WORD<E>, tile_x.rows(), weight.from(col / NR), s.y, GROUP,
+                            false);
+                add_branch(branch, row, rows, col, cols, s.y, GROUP, shared.bias, residual, out, s.room);
             }
         }
     }

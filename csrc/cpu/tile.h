@@ -118,6 +118,11 @@ inline void layernorm_gradient(const LayerNorm& ln, const T* x, long rows, const
     }
 }
 
+// Columns that dropout goes over at a time: whole panels and whole draws of Philox (16 columns would waste half of 32
+// words on AVX2).
+constexpr long GROUP = 64;
+static_assert(GROUP % NR == 0 && GROUP % PHILOX_WORDS == 0, "");
+
 // ---- A residual branch's end: dropout, drop-path, addition
 
 struct Branch {

@@ -135,8 +135,8 @@ class EvalLoader:
         self.batch_size = batch_size
         self.device = torch.device(device)
         self.images, self.labels = split.images.to(self.device), split.labels.to(self.device)
-        H, W = split.images.shape[-2:]
-        self.corner = (0, 0) if size is None else ((H - size) // 2, (W - size) // 2)
+        self.source_size = tuple(split.images.shape[-2:])
+        self.size = self.source_size if size is None else (size, size)
         self._options = dict(mean=mean, std=std, num_classes=num_classes, size=size, dtype=dtype,
                              channels_last=channels_last, backend=backend)
 
@@ -148,11 +148,18 @@ class EvalLoader:
         """Iterates (images (B, 3, H, W), labels (B,) int64)."""
         for first in range(0, len(self.images), self.batch_size):
             last = min(first + self.batch_size, len(self.images))
-            plan = neutral_plan(torch.arange(first, last, device=self.device))
-            if self.corner != (0, 0):
-                plan = replace(plan, crop=plan.crop + torch.tensor(self.corner, dtype=torch.int32, device=self.device))
+            plan = centred_plan(torch.arange(first, last, device=self.device), self.source_size, self.size)
             images, _ = augment(self.images, self.labels, plan, **self._options)
             yield images, self.labels[first:last]
+
+
+def centred_plan(index: Tensor, source: tuple[int, int], size: tuple[int, int]) -> Plan:
+    """The plan that leaves the images of `index` (B,) as they are but for their centre of that size being cut out."""
+    plan = neutral_plan(index)
+    corner = [(have - want) // 2 for have, want in zip(source, size)]
+    if corner == [0, 0]:
+        return plan
+    return replace(plan, crop=plan.crop + torch.tensor(corner, dtype=torch.int32, device=index.device))
 
 
 def _leave_signals_to_the_parent(_worker: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from deit_fast.kernels.augment_args import pack
 
@@ -12,7 +13,11 @@ from . import module
 
 def why_not(images: Tensor, *_call: object) -> str | None:
     """Why the CPU kernel cannot serve these images, or None."""
-    return None if images.device.type == "cpu" else f"the images are on {images.device}"
+    if images.device.type != "cpu":
+        return f"the images are on {images.device}"
+    if not torch.compiler.is_compiling() and get_worker_info() is not None:  # Dynamo cannot trace the question
+        return "this is a DataLoader's worker process, and OpenMP does not survive the fork"
+    return None
 
 
 def forward(images: Tensor, labels: Tensor, plan: list[Tensor], *settings: object, out: Tensor,

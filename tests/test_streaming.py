@@ -151,7 +151,7 @@ def test_auto_streams_what_does_not_fit(root, tmp_path, monkeypatch):
     with pytest.raises(DataError, match="do not fit.*a directory with --data-loading stream"):
         kind(another, 50_000, size)
     with pytest.raises(DataError, match="do not fit.*Use --data-loading stream"):
-        kind(root, 50_000, size, data_loading="resident")
+        kind(root, 50_000, size, data_loading="resident", input_size=40)
 
 
 def test_room_is_half_of_the_memory(monkeypatch):

@@ -15,8 +15,8 @@ from deit_fast.training import config as c
 # The contract with users and with saved config.yaml files. Change it on purpose only, and say so in the change log.
 OPTIONS = {
     "data_set": "auto", "data_path": None, "download": True, "input_size": None, "val_split": 0.1, "batch_size": 64,
-    "eval_batch_size": 256, "workers": 2, "repeated_aug": False, "aug_repeats": 3, "skip_bad_images": False,
-    "data_seed": 0,
+    "eval_batch_size": 256, "data_loading": "auto", "workers": 2, "repeated_aug": False, "aug_repeats": 3,
+    "skip_bad_images": False, "data_seed": 0,
     "aug": True, "crop_pad": 0, "hflip": 0.0, "color_jitter": 0.0, "aa": "none", "reprob": 0.0, "remode": "pixel",
     "recount": 1, "mixup": 0.0, "cutmix": 0.0, "cutmix_minmax": None, "mixup_prob": 1.0, "mixup_switch_prob": 0.5,
     "mixup_mode": "batch", "mixup_off_epoch": 0, "smoothing": 0.0,
@@ -36,7 +36,7 @@ OPTIONS = {
 ALIASES = {"data_set": ("--dataset",), "data_path": ("--data-dir",), "input_size": ("--img-size",),
            "batch_size": ("-b",), "workers": ("-j", "--num-workers")}
 CHOICES = {
-    "data_set": "auto cifar10 cifar100 folder digits", "remode": "pixel const", "mixup_mode": "batch pair elem",
+    "data_set": "auto cifar10 cifar100 folder digits", "data_loading": "auto resident stream", "remode": "pixel const", "mixup_mode": "batch pair elem",
     "tokens": "cls cls+cls cls+dist", "distillation_type": "none soft hard", "teacher_stem": "auto imagenet cifar",
     "distillation_reduction": "batchmean numel", "teacher_weights": "none DEFAULT", "opt": "adam adamw sgd",
     "sched": "constant cosine step", "teacher_logits": "auto online stored", "amp_dtype": "bfloat16 float16",

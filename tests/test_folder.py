@@ -12,7 +12,7 @@ from image_sets import (
 )  # fmt: skip
 from PIL import Image
 
-from deit_fast.data import folder
+from deit_fast.data import folder, scan
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +75,7 @@ def test_unwritable_cache_costs_nothing_but_time(tmp_path, monkeypatch):
 
 
 def decoded(content, size=32):
-    pixels, what = folder._decode(("x", content, size))
+    pixels, what = scan.decode(content, size)
     assert pixels is not None, what
     return pixels.transpose(1, 2, 0)
 
@@ -112,10 +112,10 @@ def test_the_right_size_is_taken_as_it_is():
 def test_large_files_are_decoded_by_threads_alike(tmp_path, monkeypatch):
     root = write_directory(tmp_path / "set", make_files(size=80))
     inline = folder.decode_folder(root, 64)
-    monkeypatch.setattr(folder, "THREADED_BYTES", 0)
-    monkeypatch.setattr(folder, "BATCH_FILES", 5)
+    monkeypatch.setattr(scan, "THREADED_BYTES", 0)
+    monkeypatch.setattr(scan, "BATCH_FILES", 5)
     threaded = folder.decode_folder(root, 64)
-    assert all(np.array_equal(inline.images[s], threaded.images[s]) for s in folder.SPLITS)
+    assert all(np.array_equal(inline.arrays[name], threaded.arrays[name]) for name in inline.arrays)
 
 
 def test_missing_and_foreign_sources_are_named(tmp_path):
@@ -149,10 +149,10 @@ def test_wrong_layout_is_named(tmp_path, source, change, words):
 
 def test_empty_class_folders_are_named(tmp_path):
     root = write_directory(tmp_path / "set", make_files())
-    for split in folder.SPLITS:
+    for split in scan.SPLITS:
         (root / split / "fox").mkdir()
     fails(root, "no images in test/fox, train/fox")
-    empty = [tarfile.TarInfo(f"{split}/fox") for split in folder.SPLITS]
+    empty = [tarfile.TarInfo(f"{split}/fox") for split in scan.SPLITS]
     for member in empty:
         member.type = tarfile.DIRTYPE
     fails(write_tar(tmp_path / "set.tar", make_files(), empty), "no images in test/fox, train/fox")

@@ -61,6 +61,11 @@ def source_key(path: Path) -> str:
     return digest.hexdigest()
 
 
+def names_below(root: Path) -> Iterator[str]:
+    """The relative names of every folder and file below a directory, without reading any."""
+    return (name for name, _ in _walk(root))
+
+
 def _walk(root: Path) -> Iterator[tuple[str, Path]]:
     """Yields (relative name, path) of every folder and file below root, in a fixed order; follows links to folders."""
     ancestors: dict[str, tuple[int, int]] = {}  # folder -> identity, to notice a link back to a folder above

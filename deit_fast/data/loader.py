@@ -1,12 +1,21 @@
-"""Batches on the device: a resident uint8 split, an epoch's plan drawn once, one augmentation op per batch.
+"""Batches on the device: an epoch's plan drawn once, uint8 images that are there or come there, one op per batch.
 
-A small data set (CIFAR-10 is 184 MB) lives on the device as uint8. For each epoch a permutation and a plan of all
-random decisions are drawn, both pure functions of (data seed, epoch, position); a batch is a slice of the plan, applied
-by `ops.augment`. So there is no state to save: a run that stopped after step k continues with `epoch(e, start=k)` and
-gets what it would have got, bit for bit, whatever was prefetched when it stopped.
+For each epoch a permutation and a plan of all random decisions are drawn, both pure functions of (data seed, epoch,
+position); a batch is a slice of the plan, applied by `ops.augment`. So there is no state to save: a run that stopped
+after step k continues with `epoch(e, start=k)` and gets what it would have got, bit for bit, whatever was prefetched
+when it stopped.
 
-RandAugment and TrivialAugment (`auto_augment`) have no kernel here. With them, DataLoader workers crop, flip and run
-torchvision's policy on uint8, and the op does the rest; see data/auto_augment.py. Workers are used for nothing else.
+Where the images come from is the split's business, and changes no bit:
+
+- A small data set (CIFAR-10 is 184 MB) lives on the device as uint8; the op reads it there by the plan's indices.
+- One that does not fit there (`Split.stream`) lies in host memory, or in its files and is decoded by DataLoader workers.
+  A batch of it is copied to the device as uint8, a quarter of fp32, and the same op applies the same rows of the plan.
+
+RandAugment and TrivialAugment (`auto_augment`) have no kernel here. With them, workers crop, flip and run torchvision's
+policy on uint8, and the op does the rest; see data/auto_augment.py. The processes themselves: data/workers.py.
+
+Image files of different sizes are brought to one size when they are decoded (data/scan.py), as they are for a resident
+split.
 
 Order: crop, flip, policy, color jitter, normalise, erase, mix. This is DeiT's, where `--aa` switches the jitter off;
 here a jitter that is asked for is applied.
@@ -14,17 +23,18 @@ here a jitter that is asked for is applied.
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import Dataset
 
 from deit_fast.data.augmentation import Plan, Recipe, epoch_order, neutral_plan, sample_plan
 from deit_fast.data.auto_augment import PolicyBatches, create_policy
+from deit_fast.data.files import ImageFiles
 from deit_fast.data.split import Split
+from deit_fast.data.workers import StoredBatches, uint8_batches
 from deit_fast.errors import DataError
 from deit_fast.ops import augment
 
@@ -33,7 +43,8 @@ class TrainLoader:
     """Augmented batches of a split, a new order and new draws in every epoch.
 
     repeats: repeated augmentation, every chosen image that many times in a row; the epoch keeps its length.
-    size: height and width of the output, default the images' own. `recipe` may be replaced between epochs.
+    size: height and width of the output, default the images' own. workers: processes that decode files and apply
+    `auto_augment`; 0: this one does. `recipe` may be replaced between epochs.
     """
 
     def __init__(self, split: Split, recipe: Recipe, mean: tuple[float, ...], std: tuple[float, ...], num_classes: int,
@@ -41,21 +52,21 @@ class TrainLoader:
                  auto_augment: str | None = None, workers: int = 0, device: torch.device | str = "cpu",
                  dtype: torch.dtype = torch.float32, channels_last: bool = False, drop_last: bool = True,
                  size: int | None = None, backend: str | None = None) -> None:
-        _check(split, batch_size, num_classes)
+        _check(split, batch_size, num_classes, workers)
         if drop_last and batch_size > len(split):
             raise DataError(
                 f"a batch of {batch_size} is larger than the train split of {len(split)} images. "
                 f"Lower --batch-size to at most {len(split)}."
             )
-        if workers < 0:
-            raise ValueError(f"TrainLoader: workers must be 0 or more, got {workers}.")
         self.recipe = recipe
-        self.batch_size, self.data_seed, self.repeats, self.workers = batch_size, data_seed, repeats, workers
+        self.batch_size, self.data_seed, self.repeats = batch_size, data_seed, repeats
         self.device = torch.device(device)
         self.source_size = tuple(split.images.shape[-2:])
         self.size = self.source_size if size is None else (size, size)
         self.policy = create_policy(auto_augment, mean)
-        self.images = split.images if self.policy else split.images.to(self.device)
+        self.resident = self.policy is None and not split.stream
+        self.images = split.images.to(self.device) if self.resident else split.images
+        self.workers = workers if self.policy or isinstance(self.images, ImageFiles) else 0
         self.labels = split.labels.to(self.device)
         self.images_per_epoch = len(split) // batch_size * batch_size if drop_last else len(split)
         self._options = dict(mean=mean, std=std, num_classes=num_classes, size=size, smoothing=smoothing, dtype=dtype,
@@ -68,14 +79,17 @@ class TrainLoader:
     @property
     def description(self) -> str:
         """Which loading path serves, for the log."""
-        M, megabytes = len(self.images), self.images.numel() / 1e6
-        if self.policy is None:
-            return f"{M:,} uint8 images ({megabytes:,.0f} MB) resident on {self.device}, augmented there, no workers"
+        M, size = len(self.images), self.images.numel() / 1e6
+        if self.resident:
+            return f"{M:,} uint8 images ({size:,.0f} MB) resident on {self.device}, augmented there, no workers"
         where = f"{self.workers} worker processes" if self.workers else "the main process"
-        return (
-            f"{M:,} uint8 images ({megabytes:,.0f} MB) in host memory; crop, flip and torchvision's {self.policy.name} "
-            f"in {where}, the rest on {self.device}"
-        )
+        if isinstance(self.images, ImageFiles):
+            source = f"{M:,} images streamed from files below {self.images.root}, decoded by {where}"
+        else:
+            source = f"{M:,} uint8 images ({size:,.0f} MB) streamed from host memory"
+        if self.policy is None:
+            return f"{source}; augmented on {self.device}"
+        return f"{source}; crop, flip and torchvision's {self.policy.name} in {where}, the rest on {self.device}"
 
     def plan(self, epoch: int, device: torch.device | str | None = None) -> Plan:
         """Everything that is drawn for an epoch, as one plan of `images_per_epoch` samples on the loader's device."""
@@ -96,29 +110,26 @@ class TrainLoader:
         """
         if not 0 <= start <= len(self):
             raise ValueError(f"TrainLoader: start must lie in 0..{len(self)} (steps per epoch), got {start}.")
-        return self._resident(epoch, start) if self.policy is None else self._from_workers(epoch, start)
+        return self._resident(epoch, start) if self.resident else self._streamed(epoch, start)
 
     def _resident(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         plan = self.plan(epoch)
         return (self.batch(plan[rows]) for rows in self._slices(start))
 
-    def _from_workers(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _streamed(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         plan = self.plan(epoch, "cpu")
-        batches = PolicyBatches(self.images, plan, self.policy, self.batch_size, self.size, self.data_seed, epoch)
-        loader = DataLoader(
-            batches, batch_size=None, sampler=range(start, len(self)), num_workers=self.workers,
-            pin_memory=self.device.type == "cuda", worker_init_fn=_leave_signals_to_the_parent,
-            generator=torch.Generator(),  # or creating the iterator would take a draw from the global stream
-        )  # fmt: skip
-        rest = plan.without_geometry().to(self.device)  # what the workers have not done
-        return self._finish(loader, rest, start)
+        batches: Dataset
+        if self.policy is None:
+            batches = StoredBatches(self.images, plan.index, self.batch_size)
+        else:
+            batches = PolicyBatches(self.images, plan, self.policy, self.batch_size, self.size, self.data_seed, epoch)
+            plan = plan.without_geometry()  # the workers have done it
+        rest = plan.to(self.device)
+        return self._finish(uint8_batches(batches, start, self.workers, self.device), rest, start)
 
-    def _finish(self, loader: DataLoader, rest: Plan, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, rows in zip(loader, self._slices(start), strict=True):
-            images = images.to(self.device, non_blocking=True)  # (B, 3, H, W) uint8
-            labels = self.labels[rest.index[rows]]
-            batch = replace(rest[rows], index=torch.arange(len(images), device=self.device))
-            yield augment(images, labels, batch, **self._options)
+    def _finish(self, batches: Iterator[Tensor], rest: Plan, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, rows in zip(batches, self._slices(start), strict=True):  # (B, 3, H, W) uint8
+            yield augment(images, self.labels[rest.index[rows]], _of_batch(rest[rows]), **self._options)
 
     def _slices(self, start: int) -> list[slice]:
         B, N = self.batch_size, self.images_per_epoch
@@ -128,18 +139,22 @@ class TrainLoader:
 class EvalLoader:
     """Batches of a split in its own order: every image once, the last batch as short as it comes, nothing random.
 
-    Normalised by the same op as training. size: the centre of that height and width, default the whole image.
+    Normalised by the same op as training. size: the centre of that height and width, default the whole image. workers:
+    processes that decode files; 0: this one does.
     """
 
     def __init__(self, split: Split, mean: tuple[float, ...], std: tuple[float, ...], num_classes: int,
                  batch_size: int, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
-                 channels_last: bool = False, size: int | None = None, backend: str | None = None) -> None:
-        _check(split, batch_size, num_classes)
+                 channels_last: bool = False, size: int | None = None, workers: int = 0,
+                 backend: str | None = None) -> None:
+        _check(split, batch_size, num_classes, workers)
         self.batch_size = batch_size
         self.device = torch.device(device)
-        self.images, self.labels = split.images.to(self.device), split.labels.to(self.device)
-        H, W = split.images.shape[-2:]
-        self.corner = (0, 0) if size is None else ((H - size) // 2, (W - size) // 2)
+        self.resident, self.labels = not split.stream, split.labels.to(self.device)
+        self.images = split.images.to(self.device) if self.resident else split.images
+        self.workers = workers if isinstance(self.images, ImageFiles) else 0
+        self.source_size = tuple(split.images.shape[-2:])
+        self.size = self.source_size if size is None else (size, size)
         self._options = dict(mean=mean, std=std, num_classes=num_classes, size=size, dtype=dtype,
                              channels_last=channels_last, backend=backend)
 
@@ -149,28 +164,39 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Iterates (images (B, 3, H, W), labels (B,) int64)."""
-        for first in range(0, len(self.images), self.batch_size):
-            last = min(first + self.batch_size, len(self.images))
-            plan = neutral_plan(torch.arange(first, last, device=self.device))
-            if self.corner != (0, 0):
-                plan = replace(plan, crop=plan.crop + torch.tensor(self.corner, dtype=torch.int32, device=self.device))
-            images, _ = augment(self.images, self.labels, plan, **self._options)
-            yield images, self.labels[first:last]
+        M, B = len(self.images), self.batch_size
+        slices = [slice(first, first + B) for first in range(0, M, B)]
+        if self.resident:
+            batches = (self.images[rows] for rows in slices)
+        else:
+            batches = uint8_batches(StoredBatches(self.images, torch.arange(M), B), 0, self.workers, self.device)
+        for images, rows in zip(batches, slices, strict=True):  # (B, 3, H, W) uint8
+            plan = centred_plan(torch.arange(len(images), device=self.device), self.source_size, self.size)
+            yield augment(images, self.labels[rows], plan, **self._options)[0], self.labels[rows]
 
 
-def _leave_signals_to_the_parent(_worker: int) -> None:
-    """Lets SIGINT and SIGTERM pass: terminals and job schedulers send them to the workers too, which are needed until the
-    run has saved its state and closes them."""
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signal.SIG_IGN)
+def centred_plan(index: Tensor, source: tuple[int, int], size: tuple[int, int]) -> Plan:
+    """The plan that leaves the images of `index` (B,) as they are but for their centre of that size being cut out."""
+    plan = neutral_plan(index)
+    corner = [(have - want) // 2 for have, want in zip(source, size)]
+    if corner == [0, 0]:
+        return plan
+    return replace(plan, crop=plan.crop + torch.tensor(corner, dtype=torch.int32, device=index.device))
 
 
-def _check(split: Split, batch_size: int, num_classes: int) -> None:
-    """DataError for a split without images, ValueError for a batch size below 1 or labels outside the classes."""
+def _of_batch(plan: Plan) -> Plan:
+    """The plan of a batch for its own images: row k is image k. Partners count within the batch already."""
+    return replace(plan, index=torch.arange(len(plan), device=plan.index.device))
+
+
+def _check(split: Split, batch_size: int, num_classes: int, workers: int) -> None:
+    """DataError for a split without images, ValueError for settings or labels out of their range."""
     if len(split) == 0:
         raise DataError("the split holds no images. Give a data set with at least one image per class and split.")
     if batch_size < 1:
         raise ValueError(f"loader: batch_size must be 1 or more, got {batch_size}.")
+    if workers < 0:
+        raise ValueError(f"loader: workers must be 0 or more, got {workers}.")
     low, high = int(split.labels.min()), int(split.labels.max())
     if low < 0 or high >= num_classes:
         raise ValueError(f"loader: labels must lie in 0..{num_classes - 1}, found {low}..{high}.")

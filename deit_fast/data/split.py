@@ -11,17 +11,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deit_fast.data.files import ImageFiles
 from deit_fast.errors import DataError
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images (M, 3, H, W) uint8 and labels (M,) int64."""
+    """Images (M, 3, H, W) uint8 and labels (M,) int64.
 
-    images: Tensor
+    stream: loaders copy the images to their device batch by batch, instead of all at once to stay there.
+    """
+
+    images: Tensor | ImageFiles
     labels: Tensor
+    stream: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.images, ImageFiles) and not self.stream:
+            raise ValueError("Split: images that lie in files can only be streamed. Pass stream=True.")
         if self.images.dtype != torch.uint8 or self.images.ndim != 4 or self.images.shape[1] != 3:
             raise ValueError(
                 f"Split: images must be uint8 of shape (M, 3, H, W), got {self.images.dtype} "
@@ -37,8 +44,10 @@ class Split:
         return len(self.images)
 
     def subset(self, index: Tensor) -> Split:
-        """The rows `index` (K,) int64, copied."""
-        return Split(self.images[index], self.labels[index])
+        """The rows `index` (K,) int64; pixels in memory are copied."""
+        images = self.images
+        rows = images.subset(index) if isinstance(images, ImageFiles) else images[index]
+        return Split(rows, self.labels[index], self.stream)
 
 
 def stratified_split(labels: Tensor, classes: tuple[str, ...], fraction: float, seed: int) -> tuple[Tensor, Tensor]:

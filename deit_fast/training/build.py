@@ -42,10 +42,11 @@ def _create(config: Config, num_classes: int, img_size: int | None) -> VisionTra
         raise ConfigError(f"--model {c.model}{size}: {error}") from error
 
 
-def load_data(config: Config, size: int, log: Log) -> ImageData:
-    """The data set of a run, at `size` pixels."""
+def load_data(config: Config, size: int, device: torch.device, log: Log) -> ImageData:
+    """The data set of a run, at `size` pixels, to be used on the device."""
     c = config.data
-    data = load_dataset(c.data_set, c.data_path, size, c.val_split, c.data_seed, c.download, c.skip_bad_images, log)
+    data = load_dataset(c.data_set, c.data_path, size, c.val_split, c.data_seed, c.download, c.skip_bad_images, log,
+                        c.data_loading, device)
     for note in data.notes:
         log(f"NOTE: {note}")
     val = "no validation split" if data.val is None else f"{len(data.val):,} val"
@@ -97,7 +98,7 @@ def build_loaders(config: Config, data: ImageData, device: torch.device) -> tupl
 def build_eval_loaders(config: Config, data: ImageData, device: torch.device) -> dict[str, EvalLoader]:
     """The loaders of "val", where there is one, and "test"."""
     return {name: EvalLoader(split, data.mean, data.std, len(data.classes), config.data.eval_batch_size, device=device,
-                             channels_last=config.run.channels_last)
+                             channels_last=config.run.channels_last, workers=config.data.workers)
             for name, split in (("val", data.val), ("test", data.test)) if split is not None}
 
 

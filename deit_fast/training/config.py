@@ -46,8 +46,11 @@ class DataConfig(Section):
     val_split: float = setting(0.1, "share of the training set that chooses the best epoch", within="[0, 0.5]")
     batch_size: int = setting(64, "images per forward pass", within="[1, inf)", flags=("-b",))
     eval_batch_size: int = setting(256, "images per forward pass in evaluation", within="[1, inf)")
-    workers: int = setting(2, "processes that apply --aa; nothing else needs any", within="[0, inf)",
-                           flags=("-j", "--num-workers"))
+    data_loading: str = setting("auto", "resident: all images on the device; stream: copied there batch by batch, from "
+                                "memory or, of a folder, from its files; auto: resident where they fit",
+                                choices=("auto", "resident", "stream"))
+    workers: int = setting(2, "processes that apply --aa and decode streamed files; nothing else needs any",
+                           within="[0, inf)", flags=("-j", "--num-workers"))
     repeated_aug: bool = setting(False, "each chosen image comes --aug-repeats times in an epoch of unchanged length, "
                                  "every time augmented differently; works on one process")
     aug_repeats: int = setting(3, "copies of an image under --repeated-aug", within="[1, inf)")

@@ -26,6 +26,7 @@ def _without_effect(config: Config) -> list[tuple[bool, str, str]]:
     """Rows (condition, settings without effect under it, reason); the first that holds for a setting counts."""
     data, aug, model = config.data, config.augmentation, config.model
     dist, optim, run = config.distillation, config.optim, config.run
+    may_stream = data.data_set == "folder" and data.data_loading != "resident"
     both = aug.mixup > 0 and (aug.cutmix > 0 or aug.cutmix_minmax is not None)
     return [
         (not aug.aug, _AUGMENTATION, "--no-aug turns all augmentation off"),
@@ -35,7 +36,8 @@ def _without_effect(config: Config) -> list[tuple[bool, str, str]]:
         (aug.mixup_off_epoch >= optim.epochs, "mixup_off_epoch", f"the run has only {optim.epochs} epochs"),
         (aug.reprob == 0, "remode recount", "--reprob is 0"),
         (data.data_set == "digits", "hflip", "mirrored digits are not digits, so they are never flipped"),
-        (aug.aa == "none", "workers", "the images are augmented on the device itself; only --aa needs processes"),
+        (aug.aa == "none" and not may_stream, "workers",
+         "the images are augmented on the device itself; only --aa and streamed files need processes"),
         (not data.repeated_aug, "aug_repeats", "--repeated-aug is off"),
         (data.data_set == "digits", "data_path download", "the digits come with scikit-learn"),
         (data.data_set == "folder", "download", "--data-set folder reads --data-path"),

@@ -10,6 +10,7 @@ import torch
 
 from deit_fast import use_backend
 from deit_fast.data.datasets import ImageData
+from deit_fast.data.workers import worker_errors
 from deit_fast.errors import CheckpointError, ConfigError, TrainingError
 from deit_fast.models import VisionTransformer
 from deit_fast.training import build, checkpoint, report
@@ -28,20 +29,20 @@ from deit_fast.training.teachers import prepare_teacher, teacher_cache, teacher_
 
 # Settings that may differ between a run and its resumption: they change where it is computed and how it is watched, not
 # what. (finetune: the checkpoint brings the weights. Data and teacher are compared by their contents.)
-FREE_ON_RESUME = {"preset", "data_path", "download", "eval_batch_size", "workers", "skip_bad_images", "finetune",
-                  "teacher_path", "teacher_cache", "output_dir", "device", "cuda_graphs", "resume", "eval",
+FREE_ON_RESUME = {"preset", "data_path", "download", "eval_batch_size", "workers", "data_loading", "skip_bad_images",
+                  "finetune", "teacher_path", "teacher_cache", "output_dir", "device", "cuda_graphs", "resume", "eval",
                   "log_interval", "checkpoint_interval"}
 
 
 def run(config: Config, log: Log) -> Path:
     """The output folder of a finished run (or, with `eval`, of nothing new: the metrics are only printed)."""
-    with _backends(config), _memory():
+    with _backends(config), _memory(), worker_errors():
         device = resolve_device(config.run.device)
         set_determinism(config.run.deterministic)
         resume = _resume_path(config)
         for text in warnings(config):
             log(f"WARNING: {text}")
-        data = build.load_data(config, build.check_model(config), log)
+        data = build.load_data(config, build.check_model(config), device, log)
         model = build.build_model(config, data, device, log)
         if config.run.eval:
             evaluate(config, data, model, resume, device, log)

@@ -134,7 +134,8 @@ class TeacherLogits:
     def _of_images(self) -> Iterator[Tensor]:
         data, size = self.data, IMAGES_PER_PASS[self.loader.device.type]
         loader = EvalLoader(data.train, data.mean, data.std, len(data.classes), size, device=self.loader.device,
-                            channels_last=self.config.run.channels_last)  # fmt: skip
+                            channels_last=self.config.run.channels_last,
+                            workers=self.config.data.workers)  # fmt: skip
         return (images for images, _ in loader)
 
     def _joined(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:

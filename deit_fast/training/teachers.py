@@ -174,7 +174,7 @@ def _train(config: Config, data: ImageData, stem: str, recipe: dict, folder: Pat
     run = replace(config.run, output_dir=str(folder), torchcompile=False, eval_metric="top1")
     train = TrainLoader(data.train, Recipe(crop_pad=4, hflip=0.5 if data.flips else 0.0), data.mean, data.std,
                         len(data.classes), _batch_size(config, data), data_seed=config.data.data_seed, device=device,
-                        channels_last=run.channels_last)
+                        channels_last=run.channels_last, workers=config.data.workers)
     job = Job(c.teacher_model, model, _cross_entropy, train, build_eval_loaders(config, data, device),
               len(data.classes), folder, recipe, {"mean": list(mean), "std": list(std), "stem": stem}, title="teacher ",
               remedy="Lower --teacher-lr.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from deit_fast.kernels.augment_args import pack
 
@@ -15,6 +16,8 @@ def why_not(images: Tensor, labels: Tensor, plan: list[Tensor], remode: str, pad
     """Why the CPU kernel cannot serve this plan, or None."""
     if images.device.type != "cpu":
         return f"the images are on {images.device}"
+    if not torch.compiler.is_compiling() and get_worker_info() is not None:  # Dynamo cannot trace the question
+        return "this is a DataLoader's worker process, and OpenMP does not survive the fork"
     _, resized_crop, _, _, _, vflip, _, jitter, grayscale, *_ = plan
     if len(resized_crop) or jitter.shape[1] == 4 or remode == "rand" or padding_mode == "reflect":
         return "the plan resizes, turns hues, erases by color or mirrors padding"

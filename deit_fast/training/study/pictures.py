@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from deit_fast.data.augmentation import Plan, Recipe, neutral_plan, sample_plan
 from deit_fast.data.datasets import ImageData
+from deit_fast.data.split import Split
 from deit_fast.models import VisionTransformer
 from deit_fast.ops import augment
 from deit_fast.training.report import shorten
@@ -61,8 +63,14 @@ def _plan(recipe: Recipe, index: Tensor, data: ImageData, data_seed: int) -> Pla
 
 def _images(data: ImageData, plan: Plan) -> Tensor:
     """(B, H, W, 3) in 0..1 of the training images under a plan, as the augmentation op makes them."""
-    images, _ = augment(data.train.images, data.train.labels, plan, data.mean, data.std, len(data.classes))
-    return _visible(images, data)
+    return _visible(_augmented(data.train, plan, data), data)
+
+
+def _augmented(split: Split, plan: Plan, data: ImageData) -> Tensor:
+    """(B, 3, H, W): the images of a split under a plan; only these are read, since a split may lie in files."""
+    own = replace(plan, index=torch.arange(len(plan)))
+    images, _ = augment(split.images[plan.index], split.labels[plan.index], own, data.mean, data.std, len(data.classes))
+    return images
 
 
 def _visible(images: Tensor, data: ImageData) -> Tensor:
@@ -74,7 +82,7 @@ def _visible(images: Tensor, data: ImageData) -> Tensor:
 def plot_attention(folder: Path, name: str, data: ImageData, models: Sequence[tuple[str, VisionTransformer]]) -> None:
     """Draws test images with what each model's prefix tokens attend to in the last block."""
     index = choose(data.test.labels, COLUMNS)
-    images, _ = augment(data.test.images, data.test.labels, neutral_plan(index), data.mean, data.std, len(data.classes))
+    images = _augmented(data.test, neutral_plan(index), data)
     rows = []
     for label, model in models:
         maps = attention_maps(model, images.to(model.cls_token.device)).cpu()  # (B, P, g, g)

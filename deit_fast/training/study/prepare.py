@@ -36,7 +36,7 @@ def prepare(config: Config, log: Log) -> dict:
     with use_backend(None if config.run.fused else "reference"):
         device = resolve_device(config.run.device)
         set_determinism(config.run.deterministic)
-        data = build.load_data(config, build.check_model(config), log)
+        data = build.load_data(config, build.check_model(config), device, log)
         train, _ = build.build_loaders(config, data, device)
         teacher, report = prepare_teacher(config, data, device, log)
         logits = TeacherLogits(config, data, teacher, train, teacher_cache(config.distillation) / "logits", log)

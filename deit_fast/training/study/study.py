@@ -7,6 +7,7 @@ from pathlib import Path
 from deit_fast.errors import ConfigError
 from deit_fast.training import build
 from deit_fast.training.config import warnings
+from deit_fast.training.device import resolve_device
 from deit_fast.training.progress import Log
 from deit_fast.training.study.content import write_report
 from deit_fast.training.study.runs import check_folder, planned
@@ -26,7 +27,7 @@ def run(study: Study, log: Log) -> Path:
     for text in sorted(set.intersection(*(set(warnings(run.config)) for run in runs))):
         log(f"WARNING: {text}")
     first = runs[0].config
-    data = build.load_data(first, build.check_model(first), log)
+    data = build.load_data(first, build.check_model(first), resolve_device(first.run.device), log)
     for run in runs:
         check_folder(run, data.fingerprint)
     train_all(study, runs, log)

@@ -1,0 +1,122 @@
+"""Batches of uint8 images on their way to the device: made in worker processes, pinned, copied ahead on a side stream.
+
+Workers decode, and apply torchvision's policies; they run plain torch, torchvision and Pillow only, none of our kernels,
+because OpenMP does not survive the fork. Each makes whole batches, by number, so neither how many there are nor
+where an epoch was resumed changes what comes out. On a GPU a batch is pinned and copied while the one before is used.
+
+What goes wrong in a worker arrives as the DataError that it is. A worker that is killed (mostly for memory) becomes one
+in `worker_errors`: PyTorch raises its RuntimeError from a signal handler, wherever the main process happens to be.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from deit_fast.data.files import ImageFiles
+from deit_fast.errors import DataError
+
+SIGNAL_SECONDS = 5.0  # the longest wait for a signal that the system has sent already
+
+
+class StoredBatches(Dataset):
+    """Item k: the images of batch k as they are stored, (B, 3, H, W) uint8.
+
+    images: (M, 3, H, W) uint8, in memory or in files; index: (N,) int64, which of them come, in order.
+    """
+
+    def __init__(self, images: Tensor | ImageFiles, index: Tensor, batch_size: int) -> None:
+        self.images, self.index, self.batch_size = images, index, batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.index) // self.batch_size)
+
+    def __getitem__(self, batch: int) -> Tensor:
+        return self.images[self.index[batch * self.batch_size : (batch + 1) * self.batch_size]]
+
+
+class _WithErrors(Dataset):
+    """The items of a dataset, or the DataError met in making one: raised in a worker it would arrive as a traceback."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, batch: int) -> Tensor | DataError:
+        try:
+            return self.dataset[batch]
+        except DataError as error:
+            return error
+
+
+def uint8_batches(dataset: Dataset, start: int, workers: int, device: torch.device) -> Iterator[Tensor]:
+    """Iterates the batches (B, 3, H, W) of `dataset` from number `start` on, on the device.
+
+    workers: processes that make them; 0: this one, when a batch is asked for. Raises DataError.
+    """
+    loader = DataLoader(
+        _WithErrors(dataset), batch_size=None, sampler=range(start, len(dataset)), num_workers=workers,
+        pin_memory=device.type == "cuda", worker_init_fn=_leave_signals_to_the_parent,
+        generator=torch.Generator(),  # or creating the iterator would take a draw from the global stream
+    )  # fmt: skip
+    return _copied(_received(loader), device)
+
+
+def _received(loader: DataLoader) -> Iterator[Tensor]:
+    with worker_errors():
+        try:
+            for batch in loader:
+                if isinstance(batch, DataError):
+                    raise batch
+                yield batch
+        except (ConnectionError, EOFError, FileNotFoundError) as error:  # a batch of a worker that has just died
+            time.sleep(SIGNAL_SECONDS)  # the news of its death, which PyTorch raises here
+            raise RuntimeError("DataLoader worker does not answer") from error
+
+
+def _copied(batches: Iterator[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """The batches on the device; on a GPU each is copied, by a stream of its own, while the one before is used."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    side, ahead = torch.cuda.Stream(device), None
+    for batch in batches:
+        with torch.cuda.stream(side):
+            copy = batch.to(device, non_blocking=True)
+        if ahead is not None:
+            yield _handed_over(*ahead)
+        ahead = copy, side.record_event()
+    if ahead is not None:
+        yield _handed_over(*ahead)
+
+
+def _handed_over(copy: Tensor, done: torch.cuda.Event) -> Tensor:
+    """The copy, for the current stream, which waits until it is whole; the host does not."""
+    stream = torch.cuda.current_stream(copy.device)
+    stream.wait_event(done)
+    copy.record_stream(stream)  # or its memory could be given to the side stream's next copy while it is still read
+    return copy
+
+
+@contextmanager
+def worker_errors() -> Iterator[None]:
+    """Turns PyTorch's news of a dead worker into a DataError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise DataError(f"a process that prepares images has died ({str(error).split('. ')[0].rstrip('. ')}). Memory or "
+                        "/dev/shm may be too small: lower --workers, --batch-size or --input-size.") from error
+
+
+def _leave_signals_to_the_parent(_worker: int) -> None:
+    """Lets SIGINT and SIGTERM pass: terminals and job schedulers send them to the workers too, which are needed until the
+    run has saved its state and closes them."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)

@@ -14,10 +14,10 @@ from .augment_kernels import augment_fwd_kernel, augment_gray_kernel
 from .common import cdiv, launch, power_of_two, refusal
 
 OP = "augment"
-WHOLE = 4096  # pixels of the largest image that one program holds: eight per thread of 16 warps
-TILE = 1024  # pixels of a program's tile of a larger image: eight per thread of 4 warps
+WHOLE = 2048  # pixels of the largest image that one program holds, so that two programs fit a multiprocessor
+TILE = 1024  # pixels of a program's tile of a larger image
 MOST_SPLITS = 16  # programs that share an image's sum of grays
-PIXELS_PER_THREAD = 8  # 16 bytes of a 16-bit output
+PIXELS_PER_THREAD = 4
 
 
 class Tiles(NamedTuple):

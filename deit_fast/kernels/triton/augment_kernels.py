@@ -90,14 +90,9 @@ def erased(r, g, b, boxes, row, p, y, x, first_y, last_y, R: tl.constexpr, H: tl
 
 
 @triton.jit
-def finished_pixels(source, window, colors, boxes, affine, row, p, y, x, first_y, last_y, inside, wanted,
-                    H: tl.constexpr, W: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
-                    PIXEL_NOISE: tl.constexpr, WIDE: tl.constexpr):
-    """(r, g, b) fp32 (BLOCK,) of a row's image, all done but mixing; only what is wanted is read."""
-    changes, contrast = jitters(colors[1], row)
-    if SPLITS == 0:
-        wanted = wanted | (inside & contrast)  # the mean is of all pixels
-    r, g, b = source_pixels(source, window, row, y, x, wanted, H, W, WIDE)
+def finished(r, g, b, changes, colors, boxes, affine, row, p, y, x, first_y, last_y, inside, H: tl.constexpr,
+             W: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, PIXEL_NOISE: tl.constexpr):
+    """(r, g, b) fp32 (BLOCK,) of a row's source pixels, all done but mixing; changes: whether it has color to apply."""
     if changes:
         r, g, b = jittered(r, g, b, colors, row, inside, H, W, SPLITS)
     scale_r, scale_g, scale_b, bias_r, bias_g, bias_b = affine
@@ -169,14 +164,25 @@ def augment_fwd_kernel(images_ptr, labels_ptr, index_ptr, crop_ptr, flip_ptr, or
     first_y, last_y = tile * BLOCK // W, (tile * BLOCK + BLOCK - 1) // W
     cut_ptr += 4 * row
     cuts = (tl.load(cut_ptr + 2) > 0) & (tl.load(cut_ptr + 3) > 0)
+    mixes = cuts | (lam != 1.0)
+    own_changes, own_contrast = jitters(jitter_ptr, row)
+    other_changes, other_contrast = jitters(jitter_ptr, partner)
     cut = tl.zeros((BLOCK,), tl.int1)
     if cuts:
         cut = in_box(cut_ptr, y, x)
-    r, g, b = finished_pixels(source, window, colors, boxes, affine, row, p, y, x, first_y, last_y, inside,
-                              inside & ~cut, H, W, R, BLOCK, SPLITS, PIXEL_NOISE, WIDE)
-    if cuts | (lam != 1.0):
-        red, green, blue = finished_pixels(source, window, colors, boxes, affine, partner, p, y, x, first_y, last_y,
-                                           inside, inside & (cut | ~cuts), H, W, R, BLOCK, SPLITS, PIXEL_NOISE, WIDE)
+    own_wanted, other_wanted = ~cut, cut | ~cuts
+    if SPLITS == 0:  # a mean is of all pixels
+        own_wanted, other_wanted = own_wanted | own_contrast, other_wanted | other_contrast
+    # both images are on their way before either is worked on
+    r, g, b = source_pixels(source, window, row, y, x, inside & own_wanted, H, W, WIDE)
+    red, green, blue = tl.zeros_like(r), tl.zeros_like(g), tl.zeros_like(b)
+    if mixes:
+        red, green, blue = source_pixels(source, window, partner, y, x, inside & other_wanted, H, W, WIDE)
+    r, g, b = finished(r, g, b, own_changes, colors, boxes, affine, row, p, y, x, first_y, last_y, inside, H, W, R,
+                       BLOCK, SPLITS, PIXEL_NOISE)
+    if mixes:
+        red, green, blue = finished(red, green, blue, other_changes, colors, boxes, affine, partner, p, y, x, first_y,
+                                    last_y, inside, H, W, R, BLOCK, SPLITS, PIXEL_NOISE)
         if cuts:
             r, g, b = tl.where(cut, red, r), tl.where(cut, green, g), tl.where(cut, blue, b)
         else:

@@ -106,8 +106,7 @@ class TrainLoader:
             pin_memory=self.device.type == "cuda", worker_init_fn=_leave_signals_to_the_parent,
             generator=torch.Generator(),  # or creating the iterator would take a draw from the global stream
         )  # fmt: skip
-        done = neutral_plan(plan.index)
-        rest = replace(plan, crop=done.crop, flip=done.flip).to(self.device)  # what the workers have not done
+        rest = plan.without_geometry().to(self.device)  # what the workers have not done
         return self._finish(loader, rest, start)
 
     def _finish(self, loader: DataLoader, rest: Plan, start: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -10,9 +10,15 @@ from deit_fast.kernels.augment_args import pack
 from . import module
 
 
-def why_not(images: Tensor, *_call: object) -> str | None:
-    """Why the CPU kernel cannot serve these images, or None."""
-    return None if images.device.type == "cpu" else f"the images are on {images.device}"
+def why_not(images: Tensor, labels: Tensor, plan: list[Tensor], remode: str, padding_mode: str,
+            *_call: object) -> str | None:
+    """Why the CPU kernel cannot serve this plan, or None."""
+    if images.device.type != "cpu":
+        return f"the images are on {images.device}"
+    _, resized_crop, _, _, _, vflip, _, jitter, grayscale, *_ = plan
+    if len(resized_crop) or jitter.shape[1] == 4 or remode == "rand" or padding_mode == "reflect":
+        return "the plan resizes, turns hues, erases by color or mirrors padding"
+    return "the plan flips vertically or loses color" if vflip.any() or grayscale.any() else None
 
 
 def forward(images: Tensor, labels: Tensor, plan: list[Tensor], *settings: object, out: Tensor,

@@ -12,7 +12,9 @@ from . import module
 
 def why_not(images: Tensor, *_call: object) -> str | None:
     """Why the CUDA kernel cannot serve these images, or None."""
-    return None if images.device.type == "cuda" else f"the images are on {images.device}"
+    if images.device.type != "cuda":
+        return f"the images are on {images.device}"
+    return "the kernel does not know all fields of the plan"
 
 
 def forward(images: Tensor, labels: Tensor, plan: list[Tensor], *settings: object, out: Tensor,

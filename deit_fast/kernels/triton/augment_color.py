@@ -10,21 +10,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from deit_fast.reference.augment import GRAY
+from deit_fast.reference.augment import GRAY, SECTORS
 from deit_fast.reference.augment import ONE as UNIT
 
+from .augment_geometry import clamp
 from .philox import words_of
 
 ONE = tl.constexpr(UNIT)  # 1.0 in the 16.16 format of the color factors
-MAX_FACTOR = tl.constexpr(64 * UNIT)
-BRIGHTNESS, CONTRAST, SATURATION = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+MAX_FACTOR, MAX_SHIFT = tl.constexpr(64 * UNIT), tl.constexpr(UNIT // 2)
+BRIGHTNESS, CONTRAST, SATURATION, HUE = (tl.constexpr(kind) for kind in range(4))
 GRAY_RED, GRAY_GREEN, GRAY_BLUE = (tl.constexpr(weight) for weight in GRAY)
-
-
-@triton.jit
-def clamp(x, low, high):
-    """x within [low, high], integers."""
-    return tl.minimum(tl.maximum(x, low), high)
+RED_SECTOR, GREEN_SECTOR, BLUE_SECTOR = (tl.constexpr(sector) for sector in SECTORS)
 
 
 @triton.jit
@@ -34,19 +30,22 @@ def gray(r, g, b):
 
 
 @triton.jit
-def load_color(order_ptr, jitter_ptr, row, step: tl.constexpr):
-    """(kind, factor) of a row's color operation, int32 scalars; order: (B, 3) uint8, jitter: (B, 3) int32."""
-    kind = tl.minimum(tl.load(order_ptr + 3 * row + step).to(tl.int32), SATURATION)
-    return kind, clamp(tl.load(jitter_ptr + 3 * row + kind), 0, MAX_FACTOR)
+def load_color(order_ptr, jitter_ptr, row, step: tl.constexpr, J: tl.constexpr):
+    """(kind, factor) of a row's color operation, int32 scalars; order: (B, J) uint8, jitter: (B, J) int32."""
+    kind = tl.minimum(tl.load(order_ptr + J * row + step).to(tl.int32), J - 1)
+    factor = tl.load(jitter_ptr + J * row + kind)
+    return kind, tl.where(kind == HUE, clamp(factor, -MAX_SHIFT, MAX_SHIFT), clamp(factor, 0, MAX_FACTOR))
 
 
 @triton.jit
-def jitters(jitter_ptr, row):
+def jitters(jitter_ptr, row, J: tl.constexpr):
     """(whether any color operation of the row changes anything, whether contrast does)."""
-    brightness = tl.load(jitter_ptr + 3 * row + BRIGHTNESS) != ONE
-    contrast = tl.load(jitter_ptr + 3 * row + CONTRAST) != ONE
-    saturation = tl.load(jitter_ptr + 3 * row + SATURATION) != ONE
-    return brightness | contrast | saturation, contrast
+    contrast = tl.load(jitter_ptr + J * row + CONTRAST) != ONE
+    changes = (contrast | (tl.load(jitter_ptr + J * row + BRIGHTNESS) != ONE)
+               | (tl.load(jitter_ptr + J * row + SATURATION) != ONE))
+    if J == 4:
+        changes = changes | (tl.load(jitter_ptr + J * row + HUE) != 0)
+    return changes, contrast
 
 
 @triton.jit
@@ -63,9 +62,34 @@ def blend(x, factor, base):
 
 
 @triton.jit
-def color(r, g, b, kind, factor, contrast):
-    """(r, g, b) after one color operation; contrast: the addend, should it be that one."""
-    if factor != ONE:
+def hue_channel(top, one, hue, SECTOR: tl.constexpr):
+    """A channel of the pixels whose hue, times the chroma, is `hue` sixths in 16.16; one: the chroma in 16.16."""
+    k = hue + SECTOR * one
+    k = tl.where(k >= 6 * one, k - 6 * one, k)
+    below_top = tl.maximum(tl.minimum(tl.minimum(k, 4 * one - k), one), 0)
+    return ((top << 16) - below_top + (1 << 15)) >> 16
+
+
+@triton.jit
+def turn_hue(r, g, b, shift):
+    """(r, g, b) with the hue moved by `shift`, 16.16 turns of the color wheel, in units of the chroma: no quotient."""
+    top = tl.maximum(tl.maximum(r, g), b)
+    chroma = top - tl.minimum(tl.minimum(r, g), b)
+    hue = tl.where(r == top, g - b, tl.where(g == top, 2 * chroma + b - r, 4 * chroma + r - g))
+    one = chroma << 16
+    hue = (hue << 16) + chroma * (6 * shift)
+    hue += tl.where(hue < 0, 6 * one, 0) - tl.where(hue >= 6 * one, 6 * one, 0)
+    return hue_channel(top, one, hue, RED_SECTOR), hue_channel(top, one, hue, GREEN_SECTOR), hue_channel(
+        top, one, hue, BLUE_SECTOR)
+
+
+@triton.jit
+def color(r, g, b, kind, factor, contrast, J: tl.constexpr):
+    """(r, g, b) after one color operation; contrast: the addend, should it be that one. J is 4 where hues may turn."""
+    if J == 4 and kind == HUE:
+        if factor != 0:
+            r, g, b = turn_hue(r, g, b, factor)
+    elif factor != ONE:
         base = tl.zeros_like(r)
         if kind == CONTRAST:
             base += contrast
@@ -118,8 +142,8 @@ def noise_angle(word):
 
 @triton.jit
 def noise(key, pixel):
-    """Three N(0, 1) numbers, fp32, for the channels of each pixel (BLOCK,) int32 (y W + x); key: int64 scalar."""
-    w0, w1, w2, w3 = words_of(key, pixel.to(tl.int64), 0)
+    """Three N(0, 1) numbers, fp32, for the channels of each pixel, int64 (y W + x), a tile or a scalar; key: int64 scalar."""
+    w0, w1, w2, w3 = words_of(key, pixel, 0)
     radius = noise_radius(w0)
     cosine, sine = noise_angle(w1)
     blue, _ = noise_angle(w3)

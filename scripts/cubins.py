@@ -33,10 +33,11 @@ from deit_fast.kernels.triton.common import Launch, recording  # noqa: E402
 from deit_fast.models.presets import PRESETS  # noqa: E402
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes per program, CUDA programming guide
-POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64"}
+POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64",
+            torch.int32: "*i32", torch.uint8: "*u8"}
 DTYPES = {"fp32": (torch.float32, torch.float32), "fp16": (torch.float16, torch.float16),
           "bf16": (torch.bfloat16, torch.bfloat16), "bf16mixed": (torch.bfloat16, torch.float32)}
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ COLUMNS = (
 REMODES, PADDING_MODES = ("pixel", "rand", "const"), ("constant", "reflect")
 
 _CHECK = os.environ.get("DEIT_FAST_CHECK") == "1"  # check values on GPUs too, at the price of a synchronisation
-_offers, _modules = launchers("augment", ("cpu", "cuda"))
+_offers, _modules = launchers("augment", ("cpu", "cuda", "triton"))
 OP = Op("augment", _offers)
 
 

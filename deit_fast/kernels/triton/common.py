@@ -81,13 +81,19 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def refusal(op: str, x: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None) -> str | None:
-    """Why no Triton kernel of this op can take activations x with this dropout, or None."""
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"{x.dtype} is not float32, float16 or bfloat16"
+def refusal(op: str, x: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None,
+            dtype: torch.dtype | None = None) -> str | None:
+    """Why no Triton kernel of this op can take x with this dropout, or None.
+
+    dtype: of the op's floats, where x is not of it.
+    """
+    dtype = x.dtype if dtype is None else dtype
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"{dtype} is not float32, float16 or bfloat16"
     if INTERPRETED:
-        if x.dtype == torch.bfloat16:
-            return "Triton's interpreter multiplies bfloat16 bit patterns (triton-lang/triton issue 11584)"
+        if dtype == torch.bfloat16:
+            return ("Triton's interpreter multiplies bfloat16 bit patterns (triton-lang/triton issue 11584) and cuts "
+                    "where a GPU rounds to it")
     elif not x.is_cuda:
         return f"the tensors are on {x.device}, Triton needs a CUDA GPU"
     elif (reason := too_old(x.device.index)) is not None:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -50,8 +50,8 @@ def why_not(job: Job, run: RunConfig, device: torch.device) -> str | None:
         return "--torchcompile may compile anew in any step"
     if getattr(job.model, "grad_checkpointing", False):
         return "--grad-checkpointing saves and restores the random state within a step"
-    if job.train.policy is not None:
-        return "--aa augments on the host"
+    if not job.train.resident:
+        return "the images come from the host"
     if os.environ.get("DEIT_FAST_CHECK") == "1":
         return "DEIT_FAST_CHECK=1 reads the plan's values in every step"
     return None
@@ -153,6 +153,7 @@ class GraphedSteps:
         self.steps = schedule.steps_per_epoch * learner.accumulate
         self.updates = 0  # done in warming up
         self.replays: dict[bool, Callable[[], None]] = {}  # with and without an update
+        self.plan: Plan | None = None  # the epoch's; of the tensors without rows and of its modes, a step's too
         self.layout: Layout | None = None
         self.row: Tensor | None = None  # (width,) uint8: what differs between two steps
 
@@ -172,7 +173,8 @@ class GraphedSteps:
         """Everything that the steps of an epoch differ in: name -> (S, ...)."""
         job, steps, device = self.learner.job, self.steps, self.learner.device
         with job.recipe_of(epoch):
-            per_image = job.train.plan(epoch).tensors()
+            self.plan = job.train.plan(epoch)
+            per_image = {name: tensor for name, tensor in self.plan.tensors().items() if len(tensor)}
             if job.teacher_logits is not None:
                 per_image["teacher_logits"] = job.teacher_logits(epoch)
         B = job.train.batch_size
@@ -200,7 +202,7 @@ class GraphedSteps:
         job, inputs = self.learner.job, self.layout.views(self.row)
         number, lr = inputs.pop("number"), inputs.pop("lr")
         logits = () if job.teacher_logits is None else (inputs.pop("teacher_logits"),)
-        images, targets = job.train.batch(Plan(**inputs, remode=job.train.recipe.remode))
+        images, targets = job.train.batch(replace(self.plan, **inputs))
         self.learner.learn(number, images, targets, *logits)
         if updates:
             self.learner.update(lr)

@@ -2,7 +2,7 @@
 # A borrowed GPU, about 30 minutes, nothing to download: the checks in the order of what they are worth, each below 10
 # minutes. Give the names of some to run only those; every figure is on disk as soon as it is measured.
 #
-#   scripts/gpu.sh [build parity graphs losses step ops augment study presets]
+#   scripts/gpu.sh [build parity graphs losses step rates ops augment study presets]
 #   ARCHS=90  PYTHON=python3  RESULTS=gpu  DATA=cifar10-jpeg.tar.gz (digits where there is none)
 #
 # The same by hand:
@@ -25,7 +25,7 @@ run() {  # name, seconds, command: its output on the screen and in a file, its e
 
 check() { run "$1" 590 "$python" benchmarks/gpu_check.py --out "$results/gpu_check.json" --only "$1"; }
 
-[ $# -gt 0 ] || set -- build parity graphs losses step ops augment study presets
+[ $# -gt 0 ] || set -- build parity graphs losses step rates ops augment study presets
 for name; do
     case $name in
         build)

@@ -28,10 +28,12 @@ from deit_fast.training.files import atomic_write  # noqa: E402
 from gpu.correct import graphs, parity  # noqa: E402
 from gpu.machine import Machine  # noqa: E402
 from gpu.op_speeds import op_speeds, rates  # noqa: E402
-from gpu.steps import step_speeds  # noqa: E402
+from gpu.steps import preset_speeds  # noqa: E402
+from gpu.training import losses, train_step  # noqa: E402
 
 BUDGET = 7 * 60.0  # seconds after which a section takes no new row
-SECTIONS = {"rates": rates, "parity": parity, "graphs": graphs, "ops": op_speeds, "step": step_speeds}
+SECTIONS = {"parity": parity, "graphs": graphs, "losses": losses, "rates": rates, "ops": op_speeds, "step": train_step,
+            "presets": preset_speeds}
 
 
 def environment(machine: Machine) -> dict[str, str]:

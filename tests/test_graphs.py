@@ -169,6 +169,17 @@ def test_started_within_an_epoch(data):
     assert eager == graphed and len(eager) == 16
 
 
+def test_a_loss_that_is_not_finite_is_noted_in_a_replay(data):
+    """With the number of its batch, which names epoch and step in the message."""
+    with backends(CPU, seeded=False):
+        trainer, tapes = make(data, graphed=True)
+        for done, _ in enumerate(trainer.steps.epoch(0, 0), start=1):
+            if done in (7, 8):
+                with torch.no_grad():
+                    trainer.job.model.head.bias[0] = float("nan")
+    assert tapes.replayed == 7 and int(trainer.learner.first_bad) == 7
+
+
 def test_syncs_in_a_step_cannot_be_recorded(data):
     """The tape refuses them, so the other tests prove that there are none."""
     def reads(_images, logits, targets):

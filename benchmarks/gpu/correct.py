@@ -25,7 +25,7 @@ def parity(machine: Machine) -> Iterator[Row]:
     """The parity table, a skip of Triton counted as a failure."""
     rows = "triton and attention and fp32 and 3x7" if machine.rehearse else "triton"
     command = [sys.executable, "-m", "pytest", "tests/test_parity.py", "-q", "-k", rows, "-p", "no:cacheprovider"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=8 * 60,
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=8 * 60, check=False,
                             env={**os.environ, "DEIT_FAST_REQUIRE": "triton",
                                  "PYTHONPATH": os.pathsep.join(sys.path[:2])})
     lines = result.stdout.strip().splitlines()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cases import VARIANTS
+from deit_fast.training.graphs import CudaGraphs, Recorder
 
 Row = tuple[str, dict]  # the name of a line, and its figures
 
@@ -19,7 +20,7 @@ class Machine:
 
     def __init__(self, rehearse: bool) -> None:
         self.rehearse, self.device = rehearse, "cpu" if rehearse else "cuda"
-        self.variant = next(v for v in VARIANTS if v.name == "fp32") if rehearse else next(v for v in VARIANTS if v.name == "bf16")
+        self.variant = next(v for v in VARIANTS if v.name == ("fp32" if rehearse else "bf16"))
         self.batches = (1,) if rehearse else (64, 1024)
 
     def milliseconds(self, call: Callable[[], object]) -> float:
@@ -41,9 +42,35 @@ class Machine:
             times.append(start.elapsed_time(end) / 10)
         return statistics.median(times)
 
+    def reset_peak(self) -> None:
+        """Lets `peak` count from here."""
+        if not self.rehearse:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    def peak(self) -> dict[str, float]:
+        """The most GPU memory in tensors since `reset_peak`; nothing in a rehearsal."""
+        return {} if self.rehearse else {"peak MB": torch.cuda.max_memory_allocated() / 2**20}
+
+    def recorder(self) -> Recorder:
+        """What a Trainer records its steps with; in a rehearsal they are called again instead of replayed."""
+        return Again() if self.rehearse else CudaGraphs(torch.device(self.device))
+
     def compiled(self, function: Callable) -> Callable:
         """The function as Inductor's best kernels (graphs come from the timing, for every contender alike)."""
         return function if self.rehearse else torch.compile(function, mode="max-autotune-no-cudagraphs", fullgraph=True)
+
+
+class Again:
+    """The Recorder of a rehearsal."""
+
+    def warm_up(self, call: Callable[[], None]) -> None:
+        """Runs the call."""
+        call()
+
+    def record(self, call: Callable[[], None]) -> Callable[[], None]:
+        """The call itself."""
+        return call
 
 
 def captured(call: Callable[[], object]) -> Callable[[], None]:

@@ -65,7 +65,8 @@ class NativeOp:
     """
 
     def __init__(self, name: str, reference: Callable[..., Tensor], backends: Sequence[str], args: str,
-                 grads: Sequence[str], out: Callable[..., Tensor], added: str | None = None, order: Callable[..., tuple[str, ...]] | None = None) -> None:
+                 grads: Sequence[str], out: Callable[..., Tensor], added: str | None = None,
+                 order: Callable[..., tuple[str, ...]] | None = None) -> None:
         offers, self.modules = launchers(name, backends)
         self.op, self.reference = Op(name, offers, order), reference
         typed = [arg.split() for arg in args.split(", ")]  # [["Tensor", "x"], ...]

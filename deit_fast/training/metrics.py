@@ -100,25 +100,20 @@ class Evaluation:
             "confusion": MulticlassConfusionMatrix(**options),
         }
         metrics = {name: metric.to(self.device) for name, metric in metrics.items()}
-        loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        non_finite = torch.zeros((), dtype=torch.int64, device=self.device)
-        scores = []
-        for raw, labels in zip(self._logits, self._labels, strict=True):  # (B, K), (B,)
-            if len(labels) == 0:
-                continue
-            loss += F.cross_entropy(raw, labels, reduction="none").double().sum()
-            non_finite += (~raw.isfinite()).any(dim=1).sum()
-            limits = torch.finfo(raw.dtype)
-            logits = torch.nan_to_num(raw, nan=limits.min, posinf=limits.max, neginf=limits.min)
-            predicted = logits.argmax(dim=1)
-            for name, metric in metrics.items():
-                metric.update(logits if name == "top5" else predicted, labels)
-            # The clamp: a softmax one rounding above 1 would look like logits to torchmetrics.
-            scores.append(logits.softmax(dim=1).clamp_(0, 1))
+        raw, labels = torch.cat(self._logits), torch.cat(self._labels)  # (N, K), (N,)
+        loss = F.cross_entropy(raw, labels, reduction="none").double().sum()
+        non_finite = (~raw.isfinite()).any(dim=1).sum()
+        limits = torch.finfo(raw.dtype)
+        logits = torch.nan_to_num(raw, nan=limits.min, posinf=limits.max, neginf=limits.min)
+        predicted = logits.argmax(dim=1)
+        for name, metric in metrics.items():  # in one piece: each update is dozens of launches and some syncs
+            metric.update(logits if name == "top5" else predicted, labels)
+        # The clamp: a softmax one rounding above 1 would look like logits to torchmetrics.
+        scores = logits.softmax(dim=1).clamp_(0, 1)
         confusion = metrics["confusion"].compute()  # (K, K)
         support = confusion.sum(dim=1)  # (K,)
         samples = int(support.sum())
-        auc = self._auc(torch.cat(scores), torch.cat(self._labels), support.tolist(), samples)
+        auc = self._auc(scores, labels, support.tolist(), samples)
         counted = (support + confusion.sum(dim=0)) > 0  # (K,) in the labels or in the predictions
         per_class = {name: metrics[name].compute() for name in ("f1", "precision", "recall")}
         defined = [value for value in auc if value is not None]

@@ -20,7 +20,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -116,7 +116,7 @@ class TeacherLogits:
                 self.log(f"WARNING: {error} These teacher logits are computed anew.")
         started = time.perf_counter()
         with torch.no_grad(), autocast(self.loader.device, self.config.run):
-            logits = torch.cat([self.teacher(images).half() for images in self._joined(compute(*arguments))])  # (N, K)
+            logits = torch.cat([self.teacher(images).half() for images in compute(*arguments)])  # (N, K)
         logits = logits.cpu()
         seconds = time.perf_counter() - started
         checkpoint.save(path, {"key": name, "logits": logits, "seconds": seconds})
@@ -129,7 +129,15 @@ class TeacherLogits:
         return logits.to(self.loader.device)
 
     def _of_epoch(self, epoch: int) -> Iterator[Tensor]:
-        return (images for images, _ in self.loader.epoch(epoch))
+        """The images of an epoch, in its order, some IMAGES_PER_PASS at a time: many batches in one call of `augment`."""
+        loader, B = self.loader, self.loader.batch_size
+        if loader.policy is not None:
+            return self._joined(images for images, _ in loader.epoch(epoch))
+        plan, size = loader.plan(epoch), max(B, IMAGES_PER_PASS[loader.device.type] // B * B)
+        position = torch.arange(len(plan), device=loader.device)
+        within = position % size // B * B  # (N,): where a position's batch starts in its pass; partners count from there
+        plan = replace(plan, partner=plan.partner + within)
+        return (loader.batch(plan[first : first + size])[0] for first in range(0, len(plan), size))
 
     def _of_images(self) -> Iterator[Tensor]:
         data, size = self.data, IMAGES_PER_PASS[self.loader.device.type]

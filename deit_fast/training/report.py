@@ -40,7 +40,7 @@ _TITLES = {
 }
 # prefix of the column: name in the legend, colour, marker, dash
 _LINES = {
-    "train": ("train", "#4d4d4d", "s", "-"),
+    "train": ("training (its objective)", "#4d4d4d", "s", "-"),
     "val": ("validation", "#0072b2", "o", "-"),
     "test": ("test", "#d55e00", "^", "-"),
     "ema_val": ("validation, EMA", "#56b4e9", "o", "--"),
@@ -176,8 +176,7 @@ def draw_confusion(axis: Axes, counts: np.ndarray, classes: Sequence[str], cell:
     ticks = range(0, len(classes), step)
     font = min(11.0, 0.8 * cell * step)
     labels = [shorten(classes[index]) for index in ticks]
-    turned = {"rotation": 90} if many else {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
-    axis.set_xticks(ticks, labels, fontsize=font, **turned)
+    axis.set_xticks(ticks, labels, fontsize=font, **turned(labels, font, cell * step, 90 if many else 45))
     axis.set_yticks(ticks, labels, fontsize=font)
     for text in (*axis.get_xticklabels(), *axis.get_yticklabels()):
         text.set_parse_math(False)  # a class may be called "$5_bill$"
@@ -194,6 +193,13 @@ def _write_counts(axis: Axes, counts: np.ndarray, shares: np.ndarray, cell: floa
         count = counts[row, column]
         colour = "white" if shares[row, column] > 0.55 else "#b0b0b0" if count == 0 else "black"
         axis.text(column, row, str(count), ha="center", va="center", fontsize=font, color=colour)
+
+
+def turned(labels: Sequence[str], font: float, room: float, angle: int) -> dict[str, object]:
+    """How labels of `font` points stand below an axis: upright where each fits into `room` points, else by an angle."""
+    if max(map(len, labels)) * 0.65 * font <= room:
+        return {}
+    return {"rotation": angle} | ({} if angle == 90 else {"ha": "right", "rotation_mode": "anchor"})
 
 
 def shorten(name: str) -> str:

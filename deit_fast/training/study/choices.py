@@ -100,18 +100,21 @@ def teacher_text(study: Study, main: Sequence[Outcome]) -> list[Text]:
     ]
 
 
-def choices_table(study: Study, models: Sequence[Variant]) -> Table:
-    """Every setting that matters, of each model, beside the report's."""
+def choices_table(study: Study, models: Sequence[Variant], data: ImageData) -> Table:
+    """Every setting that matters, of each model as it was trained on the data, beside the report's."""
     flat = {variant.name: to_dict(config_of(variant, study.seeds[0], study)) for variant in models}
     rows = []
     for variant in models:
-        model = create_model(flat[variant.name]["model"], tokens=flat[variant.name]["tokens"])
+        settings = flat[variant.name]
+        drop = {} if settings["drop"] is None else {"drop_rate": settings["drop"]}
+        model = create_model(settings["model"], tokens=settings["tokens"], **drop)
         block = model.blocks[0]
-        flat[variant.name]["shape"] = (
-            f"patch {model.patch_embed.patch_size}, C {model.embed_dim}, depth {len(model.blocks)}, "
-            f"{block.attn.num_heads} heads, MLP "
-            f"{block.mlp.fc1.out_features}, dropout {block.drop:g}"
+        settings["shape"] = (
+            f"{data.train.images.shape[-1]} px, patch {model.patch_embed.patch_size}, C {model.embed_dim}, depth "
+            f"{len(model.blocks)}, {block.attn.num_heads} heads, MLP {block.mlp.fc1.out_features}, dropout {block.drop:g}"
         )
+        if not data.flips:
+            settings["hflip"] = f"none ({data.name})"
     for key, what, report in (
         ("shape", "model", "32 px, patch 4, C 64, depth 7, 8 heads, MLP 256, dropout 0.1"),
         *_SETTINGS,

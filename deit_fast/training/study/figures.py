@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from deit_fast.training.files import atomic_write
-from deit_fast.training.report import draw_confusion, shorten
+from deit_fast.training.report import draw_confusion, shorten, turned
 from deit_fast.training.study.results import Outcome, Spread
 
 _STYLES = (("#0072b2", "o", "-"), ("#d55e00", "^", "--"), ("#009e73", "s", "-."), ("#cc79a7", "D", ":"))
@@ -118,7 +118,8 @@ def plot_confusions(folder: Path, name: str, outcomes: Sequence[Outcome], classe
 
 def plot_classes(folder: Path, name: str, outcomes: Sequence[Outcome], classes: Sequence[str]) -> None:
     """Draws bars of every class's F1, one per model, with the standard deviation over seeds."""
-    figure = new_figure(min(max(8.0, 2.0 + 0.3 * len(outcomes) * len(classes)), 40.0), 4.4)
+    inches = min(max(8.0, 2.0 + 0.3 * len(outcomes) * len(classes)), 40.0)
+    figure = new_figure(inches, 4.4)
     axis = figure.subplots()
     width = 0.8 / len(outcomes)
     places = np.arange(len(classes))
@@ -136,10 +137,8 @@ def plot_classes(folder: Path, name: str, outcomes: Sequence[Outcome], classes: 
             label=outcome.variant.label,
             error_kw={"elinewidth": 1, "capsize": 2},
         )
-    labels = axis.set_xticks(
-        places, [shorten(name) for name in classes], rotation=35, ha="right", rotation_mode="anchor"
-    )
-    for tick in labels:
+    names = [shorten(name) for name in classes]
+    for tick in axis.set_xticks(places, names, **turned(names, 10, 72 * (inches - 1) / len(classes), 35)):
         tick.label1.set_parse_math(False)
     axis.set_ylabel("F1 on the test set")
     axis.set_ylim(0, 1)
@@ -156,7 +155,7 @@ def plot_reliability(folder: Path, name: str, calibrations: Mapping[str, Mapping
     calibrations: label -> {"confidence", "accuracy", "count": per bin, "ece": number}.
     """
     figure = new_figure(4.2 * len(calibrations), 5.2)
-    axes = figure.subplots(2, len(calibrations), squeeze=False, sharex=True, gridspec_kw={"height_ratios": (3, 1)})
+    axes = figure.subplots(2, len(calibrations), squeeze=False, sharex=True, sharey="row", height_ratios=(3, 1))
     for index, (label, bins) in enumerate(calibrations.items()):
         top, bottom = axes[0][index], axes[1][index]
         colour, marker, _ = style_of(index)
@@ -170,6 +169,8 @@ def plot_reliability(folder: Path, name: str, calibrations: Mapping[str, Mapping
             marker=marker,
             color=colour,
             linewidth=1.9,
+            clip_on=False,  # a bin in which all images are right is on the edge
+            zorder=3,
         )
         top.set_title(f"{label}\nECE {bins['ece']:.3f}", fontsize=12)
         top.set_xlim(0, 1)

@@ -88,7 +88,7 @@ class TestAtomicWrite:
 
     def test_a_file_in_place_of_the_folder(self, tmp_path):
         (tmp_path / "run").write_text("")
-        with pytest.raises(CheckpointError, match="could not write .*run/last.pt.*Nothing was written"):
+        with pytest.raises(CheckpointError, match="could not write .*run/last.pt.*Nothing was written; a file has the"):
             files.atomic_write(tmp_path / "run" / "last.pt", lambda file: None)
 
     def test_a_folder_in_place_of_the_file(self, tmp_path):

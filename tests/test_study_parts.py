@@ -11,12 +11,12 @@ import torch
 
 from deit_fast import create_model
 from deit_fast.data.datasets import load_dataset
-from deit_fast.training.study.choices import choices_table
+from deit_fast.training.study.choices import choices_table, facts
 from deit_fast.training.study.inspection import Inspection, attention_maps, calibrate, forward_flops
 from deit_fast.training.study.page import Heading, Items, Picture, Table, Text, write_page
 from deit_fast.training.study.pictures import choose
-from deit_fast.training.study.results import BAR, COLUMNS, REPORT, Outcome, Spread
-from deit_fast.training.study.runs import BY_MODEL, DEIT_AUG, VIT
+from deit_fast.training.study.results import BAR, COLUMNS, REPORT, Outcome, Result, Spread
+from deit_fast.training.study.runs import BY_MODEL, DEIT_AUG, VIT, planned
 from deit_fast.training.study.settings import parse
 from deit_fast.training.study.tables import below_the_bar, metrics_table, tokens_verdict, verdict
 
@@ -66,6 +66,17 @@ def test_settings_are_those_that_the_models_were_trained_with():
     assert rows["flip"] == ["none (digits)", "none (digits)", "0.5"]
     mirrored = dataclasses.replace(digits, flips=True)
     assert dict((row[0], row[2]) for row in choices_table(study, [VIT, DEIT_AUG], mirrored).rows)["flip"] == "0.5"
+
+
+def test_facts_can_be_copied_and_read():
+    """A command with a blank in a path is quoted; a note that is a sentence of its own gets no second full stop."""
+    study = parse(["--output-dir", "my runs", "--seeds", "0"])
+    summary = {"commit": "c0ffee", "ops": {}, "versions": {}, "device": "a CPU", "seeds": {"data_seed": 0}}
+    done = Outcome(VIT, [Result(planned(study)[0], [], summary)])
+    noted = dataclasses.replace(load_dataset("digits", input_size=8), notes=("Images are JPEG files.", "no dot"))
+    items = facts(study, [done], noted).items
+    assert items[0].endswith("Note: Images are JPEG files. Note: no dot.")
+    assert items[-1] == "**Command**: `python -m deit_fast.study --output-dir 'my runs' --seeds 0`"
 
 
 def test_the_last_epoch_alone_without_a_validation_split():

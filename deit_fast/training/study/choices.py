@@ -60,7 +60,7 @@ def facts(study: Study, main: Sequence[Outcome], data: ImageData) -> Items:
         [
             f"**Data**: {data.name}, {len(data.classes)} classes, {len(data.train):,} training, {val}, "
             f"{len(data.test):,} test images; "
-            f"fingerprint `{data.fingerprint[:16]}`." + "".join(f" Note: {note}." for note in data.notes),
+            f"fingerprint `{data.fingerprint[:16]}`." + "".join(f" Note: {note.rstrip('.')}." for note in data.notes),
             f"**Hardware**: {'; '.join(sorted({summary['device'] for summary in summaries}))}; {study.jobs} "
             f"{'run' if study.jobs == 1 else 'runs'} at a time.",
             f"**Seeds**: {', '.join(map(str, study.seeds))}; data seed {summaries[0]['seeds']['data_seed']}.",
@@ -110,8 +110,9 @@ def choices_table(study: Study, models: Sequence[Variant], data: ImageData) -> T
         model = create_model(settings["model"], tokens=settings["tokens"], **drop)
         block = model.blocks[0]
         settings["shape"] = (
-            f"{data.train.images.shape[-1]} px, patch {model.patch_embed.patch_size}, C {model.embed_dim}, depth "
-            f"{len(model.blocks)}, {block.attn.num_heads} heads, MLP {block.mlp.fc1.out_features}, dropout {block.drop:g}"
+            f"{data.train.images.shape[-1]} px, patch {model.patch_embed.patch_size}, C {model.embed_dim}, "
+            f"depth {len(model.blocks)}, {block.attn.num_heads} heads, MLP {block.mlp.fc1.out_features}, "
+            f"dropout {block.drop:g}"
         )
         if not data.flips:
             settings["hflip"] = f"none ({data.name})"

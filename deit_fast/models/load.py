@@ -26,7 +26,7 @@ def clean_name(name: str) -> str:
 
 
 def plain_weights(checkpoint: Mapping) -> dict[str, Tensor]:
-    """The state dict in a checkpoint, which lies under one of CONTAINERS or is the checkpoint itself, with clean names."""
+    """The state dict in a checkpoint, under one of CONTAINERS or the checkpoint itself, with clean names."""
     weights = next((checkpoint[key] for key in CONTAINERS if isinstance(checkpoint.get(key), Mapping)), checkpoint)
     return {clean_name(str(name)): tensor for name, tensor in weights.items()}
 

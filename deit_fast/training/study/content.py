@@ -158,7 +158,7 @@ def _metrics(main: Sequence[Outcome], data: ImageData) -> list[Block]:
     )
     supports = set(main[0].results[0].summary["test_of_best"]["per_class"]["support"])
     balanced = "as the test set here is" if len(supports) == 1 else "as CIFAR-10's is (the test set here is not quite)"
-    best = "the last epoch, for there is no validation split" if data.val is None else "the best epoch by validation top-1"
+    best = "the last epoch (no validation split)" if data.val is None else "the best epoch by validation top-1"
     return [
         Heading(2, "Table 1"),
         Text(f"On the test set of {data.name}, at {best}; {spread}."),

@@ -1,68 +1,43 @@
 """The study's diagrams: courses over epochs, confusion matrices, classes, reliability, tokens; each as PNG and SVG.
 
-Colours are from Okabe and Ito's set as in `training/report.py`; marker and dash repeat what the colour says.
+Colours are from Okabe and Ito's set as in `training/plots.py`; marker and dash repeat what the colour says.
 """
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
-from deit_fast.training.files import atomic_write
-from deit_fast.training.report import draw_confusion, shorten, turned
+from deit_fast.training.plots import (
+    MARKED_EPOCHS,
+    TITLES,
+    draw_confusion,
+    new_figure,
+    number_epochs,
+    save_figure,
+    shorten,
+    tidy,
+    turned,
+)
 from deit_fast.training.study.results import Outcome, Spread
 
 _STYLES = (("#0072b2", "o", "-"), ("#d55e00", "^", "--"), ("#009e73", "s", "-."), ("#cc79a7", "D", ":"))
-_MARKED_EPOCHS = 40  # with more epochs, markers would hide the line
-NAMES = {
-    "top1": "Top-1 accuracy",
-    "top5": "Top-5 accuracy",
-    "auc": "AUC (one-vs-rest, macro)",
-    "f1": "F1 (macro)",
-    "precision": "Precision (macro)",
-    "recall": "Recall (macro)",
-}
-
-
-def new_figure(width: float, height: float, **options: object) -> Figure:
-    """An empty figure of so many inches, without pyplot's global state."""
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained", **options)
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def save(folder: Path, name: str, figure: Figure) -> None:
-    """Writes `<name>.png` and `<name>.svg`; "tight": no label can be cut off."""
+    """Writes `<name>.png` and `<name>.svg`."""
     for kind in ("png", "svg"):
-        picture = io.BytesIO()
-        figure.savefig(
-            picture,
-            format=kind,
-            bbox_inches="tight",
-            pad_inches=0.15,
-            metadata={"Date": None} if kind == "svg" else None,
-        )
-        atomic_write(folder / f"{name}.{kind}", lambda file: file.write(picture.getvalue()))
+        save_figure(folder / f"{name}.{kind}", figure)
 
 
 def style_of(index: int) -> tuple[str, str, str]:
     """(colour, marker, dash) of the index-th line of a figure."""
     return _STYLES[index % len(_STYLES)]
-
-
-def tidy(axis: Axes) -> None:
-    """A light grid behind the data and no frame."""
-    axis.grid(color="#dddddd", linewidth=0.7)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
 
 
 def _line(axis: Axes, index: int, label: str, positions: Sequence[float], course: Sequence[Spread]) -> None:
@@ -77,7 +52,7 @@ def _line(axis: Axes, index: int, label: str, positions: Sequence[float], course
         label=label,
         linewidth=1.9,
         markersize=5,
-        marker=marker if len(means) <= _MARKED_EPOCHS else None,
+        marker=marker if len(means) <= MARKED_EPOCHS else None,
     )
     if course[0].std is not None:
         deviations = np.array([spread.std for spread in course])
@@ -92,10 +67,9 @@ def plot_courses(folder: Path, name: str, metrics: Sequence[str], outcomes: Sequ
         for index, outcome in enumerate(outcomes):
             course = outcome.course(metric)
             _line(axis, index, outcome.variant.label, range(1, len(course) + 1), course)
-        axis.set_title(NAMES[metric], fontsize=12)
-        axis.set_xlabel("epoch")
+        axis.set_title(TITLES[metric], fontsize=12)
+        number_epochs(axis)
         axis.set_ylabel("on the test set")
-        axis.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True, min_n_ticks=1))
         tidy(axis)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, handlelength=3)

@@ -88,7 +88,7 @@ class TestAtomicWrite:
 
     def test_a_file_in_place_of_the_folder(self, tmp_path):
         (tmp_path / "run").write_text("")
-        with pytest.raises(CheckpointError, match="could not write .*run/last.pt.*Nothing was written"):
+        with pytest.raises(CheckpointError, match="could not write .*run/last.pt.*Nothing was written; a file has the"):
             files.atomic_write(tmp_path / "run" / "last.pt", lambda file: None)
 
     def test_a_folder_in_place_of_the_file(self, tmp_path):
@@ -298,6 +298,12 @@ class TestWeights:
         torch.save(weights if key is None else {key: weights, "epoch": 3}, tmp_path / "w.pth")
         assert list(checkpoint.load_weights(tmp_path / "w.pth")) == ["head.weight"]
 
+    def test_weights_of_deits_own_training(self, tmp_path):
+        """They lie beside an argparse.Namespace, which weights_only refuses by itself."""
+        weights = {"head.weight": torch.ones(2)}
+        torch.save({"model": weights, "args": argparse.Namespace(lr=5e-4, model="deit_tiny")}, tmp_path / "d.pth")
+        assert list(checkpoint.load_weights(tmp_path / "d.pth")) == ["head.weight"]
+
     def test_own_checkpoint_as_weights(self, tmp_path):
         checkpoint.save(tmp_path / "last.pt", example())
         assert list(checkpoint.load_weights(tmp_path / "last.pt")) == ["w"]
@@ -305,7 +311,7 @@ class TestWeights:
     def test_bad_weights(self, tmp_path):
         (tmp_path / "a.safetensors").write_bytes(b"12345678901234567890")
         torch.save({"lr": 1.0}, tmp_path / "b.pt")
-        torch.save({"model": {}, "args": argparse.Namespace(lr=1)}, tmp_path / "c.pt")
+        torch.save({"model": {}, "path": Path("x")}, tmp_path / "c.pt")
         for name in ("a.safetensors", "b.pt", "c.pt", "missing.safetensors", "missing.pt"):
             with pytest.raises(CheckpointError, match=name):
                 checkpoint.load_weights(tmp_path / name)

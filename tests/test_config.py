@@ -283,7 +283,7 @@ def test_help_shows_every_flag_with_its_default_and_exits_with_0(capsys, monkeyp
 
 
 def test_the_configuration_imports_no_torch():
-    """--help must not wait for torch; the package's own face is left out, so that only these modules are judged."""
+    """The package's own face, which imports the ops, is left out, so that only these modules are judged."""
     root = Path(c.__file__).parents[1]
     code = ("import sys, types; p = types.ModuleType('deit_fast'); p.__path__ = [sys.argv[1]]; "
             "sys.modules['deit_fast'] = p; import deit_fast.training.config as c; c.parse([]); "

@@ -177,6 +177,13 @@ def test_point_8_checkpoint_without_distillation_token() -> None:
     assert torch.equal(back.pos_embed, source.pos_embed)
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_wrappers_leave_their_names_in_any_order(prefix: str) -> None:
+    source, target = (create_model("vit_nano_patch4_32", depth=1) for _ in range(2))
+    load_weights(target, {"state_dict": {prefix + name: tensor for name, tensor in source.state_dict().items()}})
+    assert all(torch.equal(tensor, target.state_dict()[name]) for name, tensor in source.state_dict().items())
+
+
 def test_load_weights_refuses_another_architecture() -> None:
     with pytest.raises(ValueError, match="of another model"):
         load_weights(create_model("vit_nano_patch4_32"), create_model("vit_nano_patch4_32", embed_dim=32).state_dict())

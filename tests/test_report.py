@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 from deit_fast.errors import CheckpointError
-from deit_fast.training import report
+from deit_fast.training import plots, report
 from deit_fast.training.metrics import METRICS
 
 HEADER = (
@@ -99,35 +99,35 @@ class TestTables:
 
 class TestCurves:
     def test_every_line_is_there(self, tmp_path):
-        report.plot_curves(tmp_path / "curves.png", history(60, ("val", "test", "ema_test")))
+        plots.plot_curves(tmp_path / "curves.png", history(60, ("val", "test", "ema_test")))
         pixels = picture(tmp_path / "curves.png")
         # Lines of equal value lie on top of each other: the legend is what always shows.
         assert all(coloured(pixels, colour) > 50 for colour in COLOURS.values())
 
     def test_one_epoch_is_visible(self, tmp_path):
-        report.plot_curves(tmp_path / "curves.png", history(1, ("test",)))
+        plots.plot_curves(tmp_path / "curves.png", history(1, ("test",)))
         pixels = picture(tmp_path / "curves.png")
-        plots = pixels[:, : pixels.shape[1] * 3 // 4]  # without the legend
-        assert coloured(plots, COLOURS["test"]) > 6 * 10 and coloured(pixels, COLOURS["val"]) == 0
+        panels = pixels[:, : pixels.shape[1] * 3 // 4]  # without the legend
+        assert coloured(panels, COLOURS["test"]) > 6 * 10 and coloured(pixels, COLOURS["val"]) == 0
 
     def test_values_that_cannot_be_drawn(self, tmp_path):
         rows = history(5)
         rows[1]["val_loss"], rows[2]["val_loss"], rows[3]["train_loss"] = math.nan, math.inf, None
-        report.plot_curves(tmp_path / "a.png", rows)
-        report.plot_curves(tmp_path / "b.png", history(3, value=lambda epoch: math.nan))
+        plots.plot_curves(tmp_path / "a.png", rows)
+        plots.plot_curves(tmp_path / "b.png", history(3, value=lambda epoch: math.nan))
         assert coloured(picture(tmp_path / "a.png"), COLOURS["val"]) > 50
         assert coloured(picture(tmp_path / "b.png"), COLOURS["val"]) == 0
 
     def test_a_lone_value_in_a_long_run_is_visible(self, tmp_path):
         rows = history(100, ("test",))
         rows[50]["val_top1"] = 0.1
-        report.plot_curves(tmp_path / "curves.png", rows)
+        plots.plot_curves(tmp_path / "curves.png", rows)
         pixels = picture(tmp_path / "curves.png")
         assert coloured(pixels[: pixels.shape[0] // 2], COLOURS["val"]) > 10
 
     def test_nothing_to_draw(self, tmp_path):
         with pytest.raises(ValueError, match="no epochs"):
-            report.plot_curves(tmp_path / "curves.png", [])
+            plots.plot_curves(tmp_path / "curves.png", [])
 
 
 class TestConfusion:
@@ -135,22 +135,22 @@ class TestConfusion:
     def test_sizes(self, tmp_path, classes):
         confusion = np.full((classes, classes), 3) + 97 * np.eye(classes, dtype=int)
         names = [f"quite_a_long_class_name_{index}" for index in range(classes)]
-        report.plot_confusion(tmp_path / "confusion.png", confusion.tolist(), names)
+        plots.plot_confusion(tmp_path / "confusion.png", confusion.tolist(), names)
         pixels = picture(tmp_path / "confusion.png")
         assert 500 < pixels.shape[0] < 2200 and 500 < pixels.shape[1] < 2200
 
     def test_rows_are_normalised(self, tmp_path):
         # A rare class that is always right is as dark as a common one.
-        report.plot_confusion(tmp_path / "a.png", [[1000, 0], [0, 2]], ["common", "rare"])
+        plots.plot_confusion(tmp_path / "a.png", [[1000, 0], [0, 2]], ["common", "rare"])
         pixels = picture(tmp_path / "a.png")
         dark = pixels.sum(axis=2) < 220
         rows = np.flatnonzero(dark[:, : pixels.shape[1] * 3 // 4].sum(axis=1) > 100)
         assert len(rows) > pixels.shape[0] * 0.6
 
     def test_missing_class_and_names_that_look_like_formulas(self, tmp_path):
-        report.plot_confusion(tmp_path / "a.png", [[5, 0, 1], [0, 0, 0], [2, 0, 3]], ["$\\frac$", "a_$b", "100%"])
+        plots.plot_confusion(tmp_path / "a.png", [[5, 0, 1], [0, 0, 0], [2, 0, 3]], ["$\\frac$", "a_$b", "100%"])
         assert coloured(picture(tmp_path / "a.png"), (221, 221, 221)) > 5000  # the grey row
 
     def test_shape_is_checked(self, tmp_path):
         with pytest.raises(ValueError, match=r"must be 3 x 3, got \(2, 2\)"):
-            report.plot_confusion(tmp_path / "a.png", [[1, 0], [0, 1]], ["a", "b", "c"])
+            plots.plot_confusion(tmp_path / "a.png", [[1, 0], [0, 1]], ["a", "b", "c"])

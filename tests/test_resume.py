@@ -162,7 +162,7 @@ def test_longer_run(tmp_path):
 def test_killed_while_finishing(tmp_path):
     """The last epoch is saved, the report is not written: resuming writes it."""
     flags = (*VIT, "--epochs", "1", "--output-dir", tmp_path)
-    assert train(*flags, death=Death("deit_fast.training.report:plot_confusion", 1)).code == -signal.SIGKILL
+    assert train(*flags, death=Death("deit_fast.training.plots:plot_confusion", 1)).code == -signal.SIGKILL
     assert not (tmp_path / "summary.json").exists()
     assert train(*flags, "--resume").code == 0
     assert (tmp_path / "summary.json").exists() and (tmp_path / "confusion.png").exists()

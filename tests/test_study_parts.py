@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 
@@ -9,12 +10,15 @@ import pytest
 import torch
 
 from deit_fast import create_model
+from deit_fast.data.datasets import load_dataset
+from deit_fast.training.study.choices import choices_table, facts
 from deit_fast.training.study.inspection import Inspection, attention_maps, calibrate, forward_flops
 from deit_fast.training.study.page import Heading, Items, Picture, Table, Text, write_page
 from deit_fast.training.study.pictures import choose
-from deit_fast.training.study.results import BAR, COLUMNS, REPORT, Outcome, Spread
-from deit_fast.training.study.runs import BY_MODEL
-from deit_fast.training.study.tables import below_the_bar, metrics_table, tokens_verdict
+from deit_fast.training.study.results import BAR, COLUMNS, REPORT, Outcome, Result, Spread
+from deit_fast.training.study.runs import BY_MODEL, DEIT_AUG, VIT, planned
+from deit_fast.training.study.settings import parse
+from deit_fast.training.study.tables import below_the_bar, metrics_table, tokens_verdict, verdict
 
 
 def test_spread():
@@ -41,6 +45,8 @@ def test_bar_and_differences():
     assert below_the_bar(even, "best") == []
     low = [Constant(variant, dict(REPORT[name])) for name, variant in BY_MODEL.items()]
     assert below_the_bar(low, "best") == ["DeiT Top-1 0.639 < 0.676"]
+    shown_equal = Constant(VIT, BAR["report-vit"] | {"f1": 0.6416})  # the report gives three digits: 0.642
+    assert below_the_bar([shown_equal], "best") == []
     high = [
         Constant(variant, {name: value + 0.01 for name, value in REPORT[key].items()})
         for key, variant in BY_MODEL.items()
@@ -49,6 +55,34 @@ def test_bar_and_differences():
     assert table.rows[2] == ["difference", *["+0.010"] * 6] and table.rows[4][1:] == [
         f"{REPORT['report-deit'][n]:.3f}" for n in COLUMNS
     ]
+
+
+def test_settings_are_those_that_the_models_were_trained_with():
+    """Image size and flips are decided by the data, dropout by a flag: the table asks neither preset nor paper."""
+    study = parse(["--drop", "0.2"])
+    digits = load_dataset("digits", input_size=8)
+    rows = {row[0]: row[1:] for row in choices_table(study, [VIT, DEIT_AUG], digits).rows}
+    assert rows["model"][0] == "8 px, patch 4, C 64, depth 7, 8 heads, MLP 256, dropout 0.2"
+    assert rows["flip"] == ["none (digits)", "none (digits)", "0.5"]
+    mirrored = dataclasses.replace(digits, flips=True)
+    assert dict((row[0], row[2]) for row in choices_table(study, [VIT, DEIT_AUG], mirrored).rows)["flip"] == "0.5"
+
+
+def test_facts_can_be_copied_and_read():
+    """A command with a blank in a path is quoted; a note that is a sentence of its own gets no second full stop."""
+    study = parse(["--output-dir", "my runs", "--seeds", "0"])
+    summary = {"commit": "c0ffee", "ops": {}, "versions": {}, "device": "a CPU", "seeds": {"data_seed": 0}}
+    done = Outcome(VIT, [Result(planned(study)[0], [], summary)])
+    noted = dataclasses.replace(load_dataset("digits", input_size=8), notes=("Images are JPEG files.", "no dot"))
+    items = facts(study, [done], noted).items
+    assert items[0].endswith("Note: Images are JPEG files. Note: no dot.")
+    assert items[-1] == "**Command**: `python -m deit_fast.study --output-dir 'my runs' --seeds 0`"
+
+
+def test_the_last_epoch_alone_without_a_validation_split():
+    even = [Constant(variant, dict(BAR[name])) for name, variant in BY_MODEL.items()]
+    assert [len(verdict(even, True, validated).items) for validated in (True, False)] == [4, 2]
+    assert not any("validation" in item for item in verdict(even, True, False).items)
 
 
 def test_tokens_verdict():

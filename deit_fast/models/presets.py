@@ -1,7 +1,7 @@
 """The named models: timm-style names, `<family>_<size>[_distilled]_patch<p>_<image size>`.
 
-`nano` is the size of the student report (C 64, depth 7, 8 heads, MLP 256, dropout 0.1); tiny, small and base are DeiT's (Touvron
-et al. 2020, table 1), at ImageNet's 224 pixels and, for CIFAR, with 4-pixel patches at 32.
+`nano` is the size of the student report (C 64, depth 7, 8 heads, MLP 256, dropout 0.1); tiny, small and base are DeiT's
+(Touvron et al. 2020, table 1), at ImageNet's 224 pixels and, for CIFAR, with 4-pixel patches at 32.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def list_models() -> list[str]:
 
 
 def create_model(name: str, num_classes: int | None = None, distilled: bool | None = None, tokens: str | None = None,
-                 img_size: int | None = None, device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-                 **kwargs: Any) -> VisionTransformer:
+                 img_size: int | None = None, device: torch.device | str | None = None,
+                 dtype: torch.dtype | None = None, **kwargs: Any) -> VisionTransformer:
     """A freshly initialised model of a named preset.
 
     Args:

@@ -7,8 +7,8 @@ A block is four ops (Dosovitskiy et al. 2020, pre-norm):
     x   = x + drop(y W_proj + b)                linear_residual
     x   = x + drop(W2 drop(gelu(W1 LN(x))))     layernorm_mlp
 
-Parameters carry timm's names, so timm's and DeiT's state dicts load strictly. The `nn.Linear` and `nn.LayerNorm` modules only hold
-them: the ops read the weights, and forward hooks on those inner modules do not fire.
+Parameters carry timm's names, so timm's and DeiT's state dicts load strictly. The `nn.Linear` and `nn.LayerNorm`
+modules only hold them: the ops read the weights, and forward hooks on those inner modules do not fire.
 
 B batch, N tokens (prefix tokens first, then patches), C width, K classes. Initialisation is DeiT's (truncated normal of
 std 0.02, whose bounds of +-2 never bite; PyTorch's default for the patch projection).
@@ -105,20 +105,22 @@ class VisionTransformer(nn.Module):
         img_size, patch_size, in_chans: of square images, in pixels.
         num_classes: K; 0 leaves the heads out and `forward` returns the normalised prefix tokens' mean (B, C).
         embed_dim, depth, num_heads, mlp_ratio, qkv_bias, eps: C, blocks, H, hidden width / C, and LayerNorm's epsilon.
-        tokens: "cls"; "cls+dist", whose second head learns from a teacher; "cls+cls", whose second head learns the labels too.
+        tokens: "cls"; "cls+dist", whose second head learns from a teacher; "cls+cls", whose second head learns the
+            labels too.
         drop_rate: dropout of the position embedding, the attention projection and both MLP layers (DeiT's `--drop`).
         attn_drop_rate: dropout of attention probabilities.
         drop_path_rate: stochastic depth, rising linearly from 0 at the first block to this at the last.
     """
 
     def __init__(self, img_size: int = 224, patch_size: int = 16, in_chans: int = 3, num_classes: int = 1000,
-                 embed_dim: int = 768, depth: int = 12, num_heads: int = 12, mlp_ratio: float = 4.0, qkv_bias: bool = True,
-                 tokens: str = "cls", drop_rate: float = 0.0, attn_drop_rate: float = 0.0, drop_path_rate: float = 0.0,
-                 eps: float = 1e-6) -> None:
+                 embed_dim: int = 768, depth: int = 12, num_heads: int = 12, mlp_ratio: float = 4.0,
+                 qkv_bias: bool = True, tokens: str = "cls", drop_rate: float = 0.0, attn_drop_rate: float = 0.0,
+                 drop_path_rate: float = 0.0, eps: float = 1e-6) -> None:
         super().__init__()
         if tokens not in TOKENS:
             raise ValueError(f"tokens must be one of {', '.join(TOKENS)}, got {tokens!r}.")
-        for name, rate in (("drop_rate", drop_rate), ("attn_drop_rate", attn_drop_rate), ("drop_path_rate", drop_path_rate)):
+        rates = {"drop_rate": drop_rate, "attn_drop_rate": attn_drop_rate, "drop_path_rate": drop_path_rate}
+        for name, rate in rates.items():
             if not 0.0 <= rate < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {rate}.")
         self.num_classes, self.embed_dim, self.tokens, self.eps = num_classes, embed_dim, tokens, eps
@@ -131,10 +133,10 @@ class VisionTransformer(nn.Module):
         rows = self.num_prefix_tokens + self.patch_embed.num_patches
         self.pos_embed = nn.Parameter(torch.zeros(1, rows, embed_dim))
         self.pos_drop = nn.Dropout(drop_rate)
-        rates = [drop_path_rate * layer / max(depth - 1, 1) for layer in range(depth)]
+        drop_paths = [drop_path_rate * layer / max(depth - 1, 1) for layer in range(depth)]
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, int(embed_dim * mlp_ratio), qkv_bias, drop_rate, attn_drop_rate, rate, eps)
-            for rate in rates)
+            Block(embed_dim, num_heads, int(embed_dim * mlp_ratio), qkv_bias, drop_rate, attn_drop_rate, drop_path, eps)
+            for drop_path in drop_paths)
         self.norm = nn.LayerNorm(embed_dim, eps=eps)
         self.reset_classifier(num_classes)
         self.init_weights()
@@ -168,7 +170,7 @@ class VisionTransformer(nn.Module):
             setattr(self, name, head)
 
     def no_weight_decay(self) -> set[str]:
-        """The parameters that weight decay spares beside biases and norms (released DeiT decays dist_token; timm does not)."""
+        """The parameters that weight decay spares beside biases and norms: timm's; released DeiT decays dist_token."""
         return {"cls_token", "dist_token", "pos_embed"}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

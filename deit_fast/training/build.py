@@ -106,8 +106,8 @@ def build_recipe(a: AugmentationConfig, data: ImageData) -> Recipe:
     """What the plan draws, from the settings; sets whose mirror images mean something else are never flipped."""
     size = data.train.images.shape[-1]
     if a.crop_pad > size:
-        raise ConfigError(f"--crop-pad {a.crop_pad} is wider than the images of {size} pixels, so that a crop could miss "
-                          "them. Lower it, or raise --input-size.")
+        raise ConfigError(f"--crop-pad {a.crop_pad} is wider than the images of {size} pixels, so that a crop could "
+                          "miss them. Lower it, or raise --input-size.")
     return Recipe(crop_pad=a.crop_pad, hflip=a.hflip if data.flips else 0.0, brightness=a.color_jitter,
                   contrast=a.color_jitter, saturation=a.color_jitter, reprob=a.reprob, remode=a.remode,
                   recount=a.recount, mixup=a.mixup, cutmix=a.cutmix, cutmix_minmax=a.cutmix_minmax,

@@ -13,6 +13,7 @@ and `_orig_mod.` (torch.compile).
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import pickle
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor
 
 from deit_fast.errors import CheckpointError
+from deit_fast.models.load import clean_name, plain_weights
 from deit_fast.training.files import atomic_write
 
 FORMAT = "deit_fast checkpoint"
@@ -116,8 +118,9 @@ def save_weights(
 def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Returns the state dict, on the CPU, of a .safetensors file, a checkpoint of ours, or a foreign .pt / .pth.
 
-    Foreign files are read with `weights_only`; the weights are taken from the key `model` (ours, DeiT) or `state_dict`
-    (timm, torchvision references), or the file itself is the state dict.
+    Foreign files are read with `weights_only`, which here lets an argparse.Namespace pass: DeiT's own training puts its
+    arguments beside the weights, and such an object runs no code. `models.load.plain_weights` says where weights are
+    looked for.
     """
     path = Path(path)
     if path.suffix == ".safetensors":
@@ -131,24 +134,17 @@ def load_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     else:
         _check_archive(path)
         try:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                weights = torch.load(path, map_location="cpu", weights_only=True)
         except _FOREIGN as error:
             raise CheckpointError(
                 f"{path} holds more than plain weights ({_first_line(error)}). Load it with software you trust and "
                 "save only its state dict."
             ) from error
-        for key in ("model", "state_dict"):
-            if isinstance(weights, Mapping) and isinstance(weights.get(key), Mapping):
-                weights = weights[key]
-                break
-    if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
+    weights = plain_weights(weights) if isinstance(weights, Mapping) else {}
+    if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
         raise CheckpointError(f"{path} holds no state dict of tensors. Give a file of model weights.")
-    return {clean_name(name): value for name, value in weights.items()}
-
-
-def clean_name(name: str) -> str:
-    """Returns a parameter's name without the prefixes of torch.compile (`_orig_mod.`) and DDP (a leading `module.`)."""
-    return name.replace("_orig_mod.", "").removeprefix("module.")
+    return weights
 
 
 def rng_state() -> dict[str, Tensor]:

@@ -13,7 +13,8 @@ a line of `warnings` (`no_effect.py`), but only where somebody gave it: `Config.
 keys of a file that differ from the preset and the default. (A config.yaml names every key; what its run left alone is
 no reason to complain.)
 
-This module must stay free of torch, which takes seconds to import and would make `--help` wait for it.
+This module imports no torch, so that settings can be read and checked without it. (`--help` still waits for torch: the
+package's `__init__` imports the ops.)
 """
 from __future__ import annotations
 

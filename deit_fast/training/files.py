@@ -3,8 +3,8 @@
 `os.replace` within one folder is atomic for everyone who opens the file afterwards, but the kernel may put the
 rename on the disk before the data. So the order is: write under a temporary name in the same folder, flush, fsync the
 file, rename, fsync the folder. A crash at any point leaves the old file whole; a run killed in the middle may leave
-`.<name>.*.tmp` behind, which nothing reads and `remove_leftovers` clears away. The price is one fsync per file: milliseconds on a local disk, paid once
-per epoch and per checkpoint interval.
+`.<name>.*.tmp` behind, which nothing reads and `remove_leftovers` clears away. The price is one fsync per file:
+milliseconds on a local disk, paid once per epoch and per checkpoint interval.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ _REMEDIES = {
     errno.EACCES: "make the folder writable or choose another folder",
     errno.EPERM: "make the folder writable or choose another folder",
     errno.EROFS: "choose a folder on a writable disk",
+    errno.EEXIST: "a file has the folder's name; remove it or choose another folder",
     errno.ENOTDIR: "choose a folder whose parents are folders, not files",
     errno.EISDIR: "remove the folder of that name or choose another one",
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from deit_fast.data.datasets import ImageData
-from deit_fast.training import checkpoint, report
+from deit_fast.training import checkpoint, plots, report
 from deit_fast.training.build import Serving
 from deit_fast.training.config import Config
 from deit_fast.training.device import commit, describe_device, peak_memory, versions
@@ -40,8 +40,8 @@ def finish(config: Config, data: ImageData, trainer: Trainer, serving: Serving, 
     checkpoint.save_weights(output_dir / "model.safetensors", weights, best["metadata"] | {"epoch": row["epoch"]})
     model.load_state_dict(weights)
     details = trainer.measure(model, "test").details()
-    report.plot_curves(output_dir / "curves.png", history)
-    report.plot_confusion(output_dir / "confusion.png", details["confusion"], data.classes)
+    plots.plot_curves(output_dir / "curves.png", history)
+    plots.plot_confusion(output_dir / "confusion.png", details["confusion"], data.classes)
     report.write_summary(output_dir / "summary.json", {
         "best": best["best"] | {"metrics": row}, "final": history[-1], "test_of_best": details,
         "data": {"name": data.name, "fingerprint": data.fingerprint, "classes": list(data.classes),

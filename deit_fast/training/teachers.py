@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from deit_fast.data.augmentation import Recipe
 from deit_fast.data.datasets import ImageData
-from deit_fast.data.loader import EvalLoader, TrainLoader
+from deit_fast.data.loader import TrainLoader
 from deit_fast.errors import CheckpointError, ConfigError
 from deit_fast.models.teacher import create_teacher, head_of, skeleton
 from deit_fast.training import checkpoint
@@ -103,8 +103,8 @@ def prepare_teacher(config: Config, data: ImageData, device: torch.device, log: 
 def hardly_better_than_chance(top1: float, labels: Tensor) -> bool:
     """Whether a top-1 on labels (N,) says little more than the largest class's share does.
 
-    With many classes, less than twice that share; with few, where no teacher reaches twice, less than a tenth of the way
-    from it to 1.
+    With many classes, less than twice that share; with few, where no teacher reaches twice, less than a tenth of the
+    way from it to 1.
     """
     chance = (labels.bincount().max() / len(labels)).item()
     return top1 < min(2 * chance, chance + (1 - chance) / 10)

@@ -60,7 +60,7 @@ def facts(study: Study, main: Sequence[Outcome], data: ImageData) -> Items:
         [
             f"**Data**: {data.name}, {len(data.classes)} classes, {len(data.train):,} training, {val}, "
             f"{len(data.test):,} test images; "
-            f"fingerprint `{data.fingerprint[:16]}`." + "".join(f" Note: {note}." for note in data.notes),
+            f"fingerprint `{data.fingerprint[:16]}`." + "".join(f" Note: {note.rstrip('.')}." for note in data.notes),
             f"**Hardware**: {'; '.join(sorted({summary['device'] for summary in summaries}))}; {study.jobs} "
             f"{'run' if study.jobs == 1 else 'runs'} at a time.",
             f"**Seeds**: {', '.join(map(str, study.seeds))}; data seed {summaries[0]['seeds']['data_seed']}.",
@@ -100,18 +100,22 @@ def teacher_text(study: Study, main: Sequence[Outcome]) -> list[Text]:
     ]
 
 
-def choices_table(study: Study, models: Sequence[Variant]) -> Table:
-    """Every setting that matters, of each model, beside the report's."""
+def choices_table(study: Study, models: Sequence[Variant], data: ImageData) -> Table:
+    """Every setting that matters, of each model as it was trained on the data, beside the report's."""
     flat = {variant.name: to_dict(config_of(variant, study.seeds[0], study)) for variant in models}
     rows = []
     for variant in models:
-        model = create_model(flat[variant.name]["model"], tokens=flat[variant.name]["tokens"])
+        settings = flat[variant.name]
+        drop = {} if settings["drop"] is None else {"drop_rate": settings["drop"]}
+        model = create_model(settings["model"], tokens=settings["tokens"], **drop)
         block = model.blocks[0]
-        flat[variant.name]["shape"] = (
-            f"patch {model.patch_embed.patch_size}, C {model.embed_dim}, depth {len(model.blocks)}, "
-            f"{block.attn.num_heads} heads, MLP "
-            f"{block.mlp.fc1.out_features}, dropout {block.drop:g}"
+        settings["shape"] = (
+            f"{data.train.images.shape[-1]} px, patch {model.patch_embed.patch_size}, C {model.embed_dim}, "
+            f"depth {len(model.blocks)}, {block.attn.num_heads} heads, MLP {block.mlp.fc1.out_features}, "
+            f"dropout {block.drop:g}"
         )
+        if not data.flips:
+            settings["hflip"] = f"none ({data.name})"
     for key, what, report in (
         ("shape", "model", "32 px, patch 4, C 64, depth 7, 8 heads, MLP 256, dropout 0.1"),
         *_SETTINGS,

@@ -69,7 +69,7 @@ def write_report(study: Study, data: ImageData, log: Log) -> Path:
             for block in _ablation(name, [outcomes[v.name] for v in variants])
         ),
         Heading(2, "Settings, and what the report leaves open"),
-        choices_table(study, models),
+        choices_table(study, models, data),
     ]
     tables.write_json(study, outcomes, inspected, flops, data)
     page = write_page(study.output_dir, FIGURES, "ViT, DeiT and DeiT with augmentation", blocks)
@@ -150,7 +150,7 @@ def _metrics(main: Sequence[Outcome], data: ImageData) -> list[Block]:
     spread = f"mean ± sample standard deviation over {n} seeds" if n > 1 else "one seed, so without a deviation"
     total = len(data.train) + (0 if data.val is None else len(data.val))
     split = (
-        "No validation split was cut off, so the best epoch is the last one."
+        "No validation split was cut off, so the epoch shown is the last one, as in the report."
         if data.val is None
         else f"Training saw {len(data.train):,} of {total:,} training images: {len(data.val):,} chose the best "
              "epoch. The report "
@@ -158,13 +158,20 @@ def _metrics(main: Sequence[Outcome], data: ImageData) -> list[Block]:
     )
     supports = set(main[0].results[0].summary["test_of_best"]["per_class"]["support"])
     balanced = "as the test set here is" if len(supports) == 1 else "as CIFAR-10's is (the test set here is not quite)"
+    best = "the last epoch (no validation split)" if data.val is None else "the best epoch by validation top-1"
     return [
         Heading(2, "Table 1"),
-        Text(f"On the test set of {data.name}, at the best epoch by validation top-1; {spread}."),
+        Text(f"On the test set of {data.name}, at {best}; {spread}."),
         tables.metrics_table(main, "best"),
-        Text("The same at the last epoch, which is what the report shows:"),
-        tables.metrics_table(main, "last"),
-        tables.verdict(main, _comparable(data)),
+        *(
+            []
+            if data.val is None
+            else [
+                Text("The same at the last epoch, which is what the report shows:"),
+                tables.metrics_table(main, "last"),
+            ]
+        ),
+        tables.verdict(main, _comparable(data), data.val is not None),
         Items(
             [
                 split,

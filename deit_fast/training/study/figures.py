@@ -1,68 +1,43 @@
 """The study's diagrams: courses over epochs, confusion matrices, classes, reliability, tokens; each as PNG and SVG.
 
-Colours are from Okabe and Ito's set as in `training/report.py`; marker and dash repeat what the colour says.
+Colours are from Okabe and Ito's set as in `training/plots.py`; marker and dash repeat what the colour says.
 """
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
-from deit_fast.training.files import atomic_write
-from deit_fast.training.report import draw_confusion, shorten
+from deit_fast.training.plots import (
+    MARKED_EPOCHS,
+    TITLES,
+    draw_confusion,
+    new_figure,
+    number_epochs,
+    save_figure,
+    shorten,
+    tidy,
+    turned,
+)
 from deit_fast.training.study.results import Outcome, Spread
 
 _STYLES = (("#0072b2", "o", "-"), ("#d55e00", "^", "--"), ("#009e73", "s", "-."), ("#cc79a7", "D", ":"))
-_MARKED_EPOCHS = 40  # with more epochs, markers would hide the line
-NAMES = {
-    "top1": "Top-1 accuracy",
-    "top5": "Top-5 accuracy",
-    "auc": "AUC (one-vs-rest, macro)",
-    "f1": "F1 (macro)",
-    "precision": "Precision (macro)",
-    "recall": "Recall (macro)",
-}
-
-
-def new_figure(width: float, height: float, **options: object) -> Figure:
-    """An empty figure of so many inches, without pyplot's global state."""
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained", **options)
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def save(folder: Path, name: str, figure: Figure) -> None:
-    """Writes `<name>.png` and `<name>.svg`; "tight": no label can be cut off."""
+    """Writes `<name>.png` and `<name>.svg`."""
     for kind in ("png", "svg"):
-        picture = io.BytesIO()
-        figure.savefig(
-            picture,
-            format=kind,
-            bbox_inches="tight",
-            pad_inches=0.15,
-            metadata={"Date": None} if kind == "svg" else None,
-        )
-        atomic_write(folder / f"{name}.{kind}", lambda file: file.write(picture.getvalue()))
+        save_figure(folder / f"{name}.{kind}", figure)
 
 
 def style_of(index: int) -> tuple[str, str, str]:
     """(colour, marker, dash) of the index-th line of a figure."""
     return _STYLES[index % len(_STYLES)]
-
-
-def tidy(axis: Axes) -> None:
-    """A light grid behind the data and no frame."""
-    axis.grid(color="#dddddd", linewidth=0.7)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
 
 
 def _line(axis: Axes, index: int, label: str, positions: Sequence[float], course: Sequence[Spread]) -> None:
@@ -77,7 +52,7 @@ def _line(axis: Axes, index: int, label: str, positions: Sequence[float], course
         label=label,
         linewidth=1.9,
         markersize=5,
-        marker=marker if len(means) <= _MARKED_EPOCHS else None,
+        marker=marker if len(means) <= MARKED_EPOCHS else None,
     )
     if course[0].std is not None:
         deviations = np.array([spread.std for spread in course])
@@ -92,10 +67,9 @@ def plot_courses(folder: Path, name: str, metrics: Sequence[str], outcomes: Sequ
         for index, outcome in enumerate(outcomes):
             course = outcome.course(metric)
             _line(axis, index, outcome.variant.label, range(1, len(course) + 1), course)
-        axis.set_title(NAMES[metric], fontsize=12)
-        axis.set_xlabel("epoch")
+        axis.set_title(TITLES[metric], fontsize=12)
+        number_epochs(axis)
         axis.set_ylabel("on the test set")
-        axis.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True, min_n_ticks=1))
         tidy(axis)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, handlelength=3)
@@ -118,7 +92,8 @@ def plot_confusions(folder: Path, name: str, outcomes: Sequence[Outcome], classe
 
 def plot_classes(folder: Path, name: str, outcomes: Sequence[Outcome], classes: Sequence[str]) -> None:
     """Draws bars of every class's F1, one per model, with the standard deviation over seeds."""
-    figure = new_figure(min(max(8.0, 2.0 + 0.3 * len(outcomes) * len(classes)), 40.0), 4.4)
+    inches = min(max(8.0, 2.0 + 0.3 * len(outcomes) * len(classes)), 40.0)
+    figure = new_figure(inches, 4.4)
     axis = figure.subplots()
     width = 0.8 / len(outcomes)
     places = np.arange(len(classes))
@@ -136,10 +111,8 @@ def plot_classes(folder: Path, name: str, outcomes: Sequence[Outcome], classes: 
             label=outcome.variant.label,
             error_kw={"elinewidth": 1, "capsize": 2},
         )
-    labels = axis.set_xticks(
-        places, [shorten(name) for name in classes], rotation=35, ha="right", rotation_mode="anchor"
-    )
-    for tick in labels:
+    names = [shorten(name) for name in classes]
+    for tick in axis.set_xticks(places, names, **turned(names, 10, 72 * (inches - 1) / len(classes), 35)):
         tick.label1.set_parse_math(False)
     axis.set_ylabel("F1 on the test set")
     axis.set_ylim(0, 1)
@@ -156,7 +129,7 @@ def plot_reliability(folder: Path, name: str, calibrations: Mapping[str, Mapping
     calibrations: label -> {"confidence", "accuracy", "count": per bin, "ece": number}.
     """
     figure = new_figure(4.2 * len(calibrations), 5.2)
-    axes = figure.subplots(2, len(calibrations), squeeze=False, sharex=True, gridspec_kw={"height_ratios": (3, 1)})
+    axes = figure.subplots(2, len(calibrations), squeeze=False, sharex=True, sharey="row", height_ratios=(3, 1))
     for index, (label, bins) in enumerate(calibrations.items()):
         top, bottom = axes[0][index], axes[1][index]
         colour, marker, _ = style_of(index)
@@ -170,6 +143,8 @@ def plot_reliability(folder: Path, name: str, calibrations: Mapping[str, Mapping
             marker=marker,
             color=colour,
             linewidth=1.9,
+            clip_on=False,  # a bin in which all images are right is on the edge
+            zorder=3,
         )
         top.set_title(f"{label}\nECE {bins['ece']:.3f}", fontsize=12)
         top.set_xlim(0, 1)

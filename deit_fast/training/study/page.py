@@ -80,10 +80,10 @@ def write_page(folder: Path, figures: str, title: str, blocks: Sequence[Block]) 
     atomic_write(folder / "report.md", lambda file: file.write(markdown.encode()))
     body = "\n".join(_html(block, folder / figures) for block in (Heading(1, title), *blocks))
     page = (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" '
-        'content="width=device-width, '
-        f'initial-scale=1">\n<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n{body}\n'
-        "</main>\n</body>\n</html>\n"
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n"
+        f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
     atomic_write(folder / "report.html", lambda file: file.write(page.encode()))
     return folder / "report.html"

@@ -15,8 +15,8 @@ from deit_fast.data.datasets import ImageData
 from deit_fast.data.split import Split
 from deit_fast.models import VisionTransformer
 from deit_fast.ops import augment
-from deit_fast.training.report import shorten
-from deit_fast.training.study.figures import new_figure, save
+from deit_fast.training.plots import new_figure, shorten
+from deit_fast.training.study.figures import save
 from deit_fast.training.study.inspection import attention_maps
 
 COLUMNS = 8

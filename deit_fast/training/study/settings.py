@@ -7,6 +7,7 @@ runs apart (preset, model, tokens, seed) is not a flag here.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,7 +112,7 @@ def parse(argv: Sequence[str]) -> Study:
         config.smoke,
         config.report_only,
         changes,
-        " ".join([PROG, *argv]),
+        f"{PROG} {shlex.join(argv)}",
     )
 
 

@@ -54,19 +54,21 @@ def epochs_table(outcomes: Sequence[Outcome]) -> Table:
 
 
 def below_the_bar(outcomes: Sequence[Outcome], which: str) -> list[str]:
-    """ "model metric ours < bar", for every cell of Table 1 that is below the report's."""
+    """For every cell of Table 1 that is below the report's, to the report's three digits: "model metric ours < bar"."""
     return [
         f"{outcome.variant.label} {COLUMNS[name]} {outcome.metric(name, which).mean:.3f} < {bar:.3f}"
         for outcome in outcomes
         for name, bar in BAR[outcome.variant.name].items()
-        if outcome.metric(name, which).mean < bar
+        if round(outcome.metric(name, which).mean, 3) < bar
     ]
 
 
-def verdict(outcomes: Sequence[Outcome], comparable: bool) -> Items:
-    """What Table 1 says: against the report, and of the models among each other."""
+def verdict(outcomes: Sequence[Outcome], comparable: bool, validated: bool) -> Items:
+    """What Table 1 says: against the report, and of the models among each other; of the best epoch, where one was
+    chosen by validation, and of the last."""
     items = []
-    for which, words in (("best", "best epoch by validation"), ("last", "last epoch")):
+    best = [("best", "best epoch by validation")] if validated else []
+    for which, words in (*best, ("last", "last epoch")):
         cells = len(outcomes) * len(COLUMNS)
         below = below_the_bar(outcomes, which)
         if comparable:

@@ -92,7 +92,9 @@ def valid_calls(draw: st.DrawFn, ops: tuple[str, ...] = OPS) -> Call:
     arguments = _attention(draw, activation) if op == "attention" else _rows_and_features(draw, op, *pair)
     for name, value in arguments.items():
         if isinstance(value, Tensor) and value.dim() > 0 and value.numel() > 0:
-            arguments[name] = LAYOUTS[draw(st.sampled_from(sorted(LAYOUTS)))](value)
+            how = draw(st.sampled_from(sorted(LAYOUTS)))
+            if not (how == "repeated" and name == "x" and value.dim() == 1):  # a row of equal values has no LayerNorm to speak of
+                arguments[name] = LAYOUTS[how](value)
     leaves = [name for name, value in arguments.items() if isinstance(value, Tensor) and name not in NO_GRADIENT]
     needs = leaves if draw(st.booleans()) else draw(st.lists(st.sampled_from(leaves), unique=True))
     return Call(op, arguments, tuple(needs), draw(st.sampled_from(COTANGENTS)), draw(st.sampled_from([1, 2, 3, 7, 64])))

@@ -1,8 +1,8 @@
 """Single ops: rates beside the peak, and ratios to `reference`, eager and compiled.
 
-Attention at a head_dim of 8 cannot reach the peak of the products: between its two products it takes an exponential of every
-logit, and with dropout a Philox word. Its rate stands beside an instruction roofline instead: every vector instruction
-that the arithmetic needs is counted, and issued at the rate at which FMAs were measured.
+Attention at a head_dim of 8 cannot reach the peak of the products: between its two products it takes an exponential of
+every logit, and with dropout a Philox word. Its rate stands beside an instruction roofline instead: every vector
+instruction that the arithmetic needs is counted, and issued at the rate at which FMAs were measured.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from deit_fast import ops
 from deit_fast.backend import OPS
 from deit_fast.kernels import cpu
 
-from .timing import Candidates, now, ratio
+from .timing import Candidates, Times, now, ratio
 
 BATCH, TOKENS, C, HEADS, HIDDEN, DROP = 64, 66, 64, 8, 256, 0.1
 
-# Instructions for a vector of logits beside the products. Softmax: one FMA into the exponent, 2^x (csrc/cpu/attention_math.h), the
-# running maximum and the sum. Philox draws 4 vectors of words in 10 rounds of at least 4 multiplications, 4 xors and 2
-# permutations; then come a comparison, a selection and the scale. Backward multiplies P into dP - rowsum, and sums that.
+# Instructions for a vector of logits beside the products. Softmax: one FMA into the exponent, 2^x, the running maximum
+# and the sum (csrc/cpu/attention_math.h). Philox draws 4 vectors of words in 10 rounds of at least 4 multiplications, 4
+# xors and 2 permutations; then come a comparison, a selection and the scale. Backward multiplies P into dP - rowsum, and
+# sums that.
 SOFTMAX = 3 + (7 if cpu.isa and "avx512" in cpu.isa or cpu.isa == "amx" else 13)
 PHILOX, GRADIENT = 10 * 10 / 4 + 3, 4
 
@@ -39,7 +40,7 @@ def attention_share(head_dim: int, dropout: bool, backward: bool) -> float:
 
 
 def op_calls(dtype: torch.dtype) -> dict[str, tuple[Callable[[str], Tensor], int]]:
-    """For each op, (its call with a backend's name, FLOP of forward), at the nano preset's shape with training's dropout."""
+    """For each op, (its call with a backend's name, FLOP of forward), at the nano preset's shape and dropout."""
     def tensor(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(shape) * scale).to(dtype).requires_grad_()
 
@@ -55,15 +56,17 @@ def op_calls(dtype: torch.dtype) -> dict[str, tuple[Callable[[str], Tensor], int
     return {
         "layernorm_linear": (lambda be: ops.layernorm_linear(x, *norm, *w_qkv, backend=be), 2 * rows * C * 3 * C),
         "attention": (lambda be: ops.attention(qkv, HEADS, backend=be), 4 * rows * TOKENS * C),
-        "attention dropped": (lambda be: ops.attention(qkv, HEADS, None, *dropout(be), backend=be), 4 * rows * TOKENS * C),
+        "attention dropped": (lambda be: ops.attention(qkv, HEADS, None, *dropout(be), backend=be),
+                              4 * rows * TOKENS * C),
         "linear_residual": (lambda be: ops.linear_residual(y, *w_proj, x, *dropout(be), backend=be), 2 * rows * C * C),
-        "layernorm_mlp": (lambda be: ops.layernorm_mlp(x, *norm, *mlp, 1e-6, *dropout(be), backend=be), 4 * rows * C * HIDDEN),
+        "layernorm_mlp": (lambda be: ops.layernorm_mlp(x, *norm, *mlp, 1e-6, *dropout(be), backend=be),
+                          4 * rows * C * HIDDEN),
     }
 
 
-def split_times(calls: dict[str, Callable[[], Tensor]], rounds: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+def split_times(calls: dict[str, Callable[[], Tensor]], rounds: int) -> tuple[Times, Times]:
     """(forward, backward) seconds of each candidate in each round, after two rounds to warm up."""
-    times: tuple[dict, dict] = ({name: [] for name in calls}, {name: [] for name in calls})
+    times = ({name: [] for name in calls}, {name: [] for name in calls})
     for index in range(rounds + 2):
         for name, call in calls.items():
             start = now()
@@ -97,5 +100,6 @@ def compare_ops(peak: dict[torch.dtype, float], compiled: bool) -> None:
                     shares += f", {100 * rate / roof:3.0f} % of its roofline"
                 ratios = " / ".join(f"{ratio(times, other, ours):.2f}" for other in candidates if other != ours)
                 texts.append(f"{'backward' if backward else 'forward'} {rate / 1e9:6.0f} ({shares}) x {ratios or '-'}")
-            print(f"  {str(dtype)[6:]:9s}{name:18s}{'   '.join(texts)}{'' if 'ours' in candidates else '   (reference)'}", flush=True)
+            note = "" if "ours" in candidates else "   (reference)"
+            print(f"  {str(dtype)[6:]:9s}{name:18s}{'   '.join(texts)}{note}", flush=True)
             torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""The report's model: training steps and inference of ours and of every baseline, and the cost of an image by batch size."""
+"""The report's model: training steps and inference of ours and of every baseline, and the cost of an image by batch."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Seeded(nn.Module):
 
 
 def candidates_for(make: Make, compiled: bool) -> Candidates:
-    """Ours and every baseline, each in fp32 and under bf16 autocast: make(model, native, autocast) gives what is timed."""
+    """What is timed for ours and for every baseline, each in fp32 and under bf16 autocast."""
     built: Candidates = {}
     models = {"reference": lambda: create_model(MODEL, drop_rate=DROP), "timm": timm_model}
     for autocast in (False, True):
@@ -65,7 +65,8 @@ def bound(call: Callable[[], object], native: bool, autocast: bool) -> Callable[
 
 def training(batch: int, size: int = 32, classes: int = 10) -> Make:
     """Forward, distillation loss (cross-entropy for a model with one head), backward, AdamW."""
-    images, target, teacher = torch.randn(batch, 3, size, size), torch.randint(classes, (batch,)), torch.randn(batch, classes)
+    images = torch.randn(batch, 3, size, size)
+    target, teacher = torch.randint(classes, (batch,)), torch.randn(batch, classes)
 
     def loss(logits: Tensor | tuple[Tensor, Tensor]) -> Tensor:
         if isinstance(logits, Tensor):
@@ -124,6 +125,7 @@ def sweep() -> None:
         for batch in (16, 64, 256, 1024):
             model = Seeded(create_model(MODEL, drop_rate=DROP))
             calls[f"infer {batch}"] = inference(batch)(model, True, autocast)
-        medians = {name: statistics.median(values) / int(name.split()[1]) for name, values in take_turns(calls, 3).items()}
-        cells = "   ".join(f"{b}: {medians[f'train {b}'] * 1e3:.3f} / {medians[f'infer {b}'] * 1e3:.3f}" for b in (16, 64, 256, 1024))
+        times = take_turns(calls, 3)
+        cost = {name: 1e3 * statistics.median(values) / int(name.split()[1]) for name, values in times.items()}
+        cells = "   ".join(f"{b}: {cost[f'train {b}']:.3f} / {cost[f'infer {b}']:.3f}" for b in (16, 64, 256, 1024))
         print(f"  {'bf16' if autocast else 'fp32'}  {cells}", flush=True)

@@ -17,7 +17,7 @@ from .timing import Candidates
 
 
 def inference_engines(batch: int, threads: int) -> Candidates:
-    """What is timed for each engine that is installed; prints why one is left out. pip install -e '.[bench]' has them all."""
+    """What is timed for each engine that is installed (by pip install -e '.[bench]'); prints why one is left out."""
     images = torch.randn(batch, 3, 32, 32)
     found: Candidates = {}
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
@@ -31,7 +31,8 @@ def inference_engines(batch: int, threads: int) -> Candidates:
             expected = model(images)
             torch.onnx.export(model, (images,), str(path), dynamo=True, input_names=["images"], external_data=False,
                               verbose=False)
-        for name, package, load in (("ONNX Runtime", "onnxruntime", _onnx_runtime), ("OpenVINO", "openvino", _openvino)):
+        for name, package, load in (("ONNX Runtime", "onnxruntime", _onnx_runtime),
+                                    ("OpenVINO", "openvino", _openvino)):
             if importlib.util.find_spec(package) is None:
                 print(f"  without {name}: {package} is not installed")
                 continue
@@ -62,7 +63,7 @@ def _openvino(path: Path, images: Tensor, threads: int) -> dict[str, Callable[[]
         dtypes["bf16"] = "bf16"
     calls = {}
     for dtype, hint in dtypes.items():
-        compiled = core.compile_model(str(path), "CPU", {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY",
-                                                         "INFERENCE_PRECISION_HINT": hint})
+        settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": hint}
+        compiled = core.compile_model(str(path), "CPU", settings)
         calls[dtype] = lambda compiled=compiled: compiled(array)[0]
     return calls

@@ -11,6 +11,7 @@ import torch
 from deit_fast.kernels import cpu
 
 Candidates = dict[str, Callable[[], object]]
+Times = dict[str, list[float]]  # seconds of each candidate in each round
 _clock = time.perf_counter
 
 
@@ -25,9 +26,9 @@ def now() -> float:
     return _clock()
 
 
-def take_turns(candidates: Candidates, rounds: int) -> dict[str, list[float]]:
+def take_turns(candidates: Candidates, rounds: int) -> Times:
     """Seconds of each candidate in each round, after two rounds to warm up."""
-    times: dict[str, list[float]] = {name: [] for name in candidates}
+    times: Times = {name: [] for name in candidates}
     for index in range(rounds + 2):
         for name, call in candidates.items():
             start = now()
@@ -37,7 +38,7 @@ def take_turns(candidates: Candidates, rounds: int) -> dict[str, list[float]]:
     return times
 
 
-def ratio(times: dict[str, list[float]], baseline: str, ours: str) -> float:
+def ratio(times: Times, baseline: str, ours: str) -> float:
     """The median over rounds of baseline / ours: how many times faster ours is."""
     return statistics.median(b / o for b, o in zip(times[baseline], times[ours]))
 
@@ -49,11 +50,12 @@ def peaks(threads: int) -> dict[torch.dtype, float]:
         rate = max(cpu.module.multiply_rate(dtype == torch.bfloat16, threads, 2_000_000) for _ in range(7))
         a, b = torch.randn(2, 1024, 1024).to(dtype)
         seconds = min(take_turns({"mm": lambda: a @ b}, 10)["mm"])
-        print(f"peak {str(dtype)[6:]:9s} {rate / 1e9:7.0f} GFLOP/s from registers, {2 * 1024**3 / seconds / 1e9:7.0f} torch.mm")
+        print(f"peak {str(dtype)[6:]:9s} {rate / 1e9:7.0f} GFLOP/s from registers, "
+              f"{2 * 1024**3 / seconds / 1e9:7.0f} torch.mm")
         found[dtype] = rate
     return found
 
 
-def fastest(times: dict[str, list[float]], ours: str = "ours") -> str:
+def fastest(times: Times, ours: str = "ours") -> str:
     """The candidate of the smallest median time whose name does not begin with `ours`."""
     return min((name for name in times if not name.startswith(ours)), key=lambda name: statistics.median(times[name]))

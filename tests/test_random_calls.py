@@ -1,6 +1,6 @@
 """Random calls of every CPU op: right numbers or a named error, and never a crash.
 
-`DEIT_FAST_EXAMPLES` is how many: 10,000 in scripts/slow_tests.sh, a few hundred and always the same otherwise. The bound
+`DEIT_FAST_EXAMPLES` is how many: 10,000 in scripts/slow_tests.sh, a few hundred, always the same, otherwise. The bound
 on the numbers is coarse, since it has to hold for any shape: test_parity.py has the fine one.
 """
 

@@ -23,8 +23,8 @@ BATCH, TOKENS, C, HEADS, HIDDEN, DROP = 64, 66, 64, 8, 256, 0.1
 
 # Instructions for a vector of logits beside the products. Softmax: one FMA into the exponent, 2^x, the running maximum
 # and the sum (csrc/cpu/attention_math.h). Philox draws 4 vectors of words in 10 rounds of at least 4 multiplications, 4
-# xors and 2 permutations; then come a comparison, a selection and the scale. Backward multiplies P into dP - rowsum, and
-# sums that.
+# xors and 2 permutations; then come a comparison, a selection and the scale. Backward multiplies P into dP - rowsum,
+# and sums that.
 SOFTMAX = 3 + (7 if cpu.isa and "avx512" in cpu.isa or cpu.isa == "amx" else 13)
 PHILOX, GRADIENT = 10 * 10 / 4 + 3, 4
 

@@ -52,7 +52,7 @@ def _ratio(call: Callable[[str | None], Tensor], trained: bool, rounds: int) -> 
 
 
 def compare_shapes(rounds: int) -> None:
-    """Prints, per size, op and dtype, `cpu`'s ratio to `reference`; `!` marks where the automatic order took the slower."""
+    """Prints, per size, op and dtype, `cpu`'s ratio to `reference`; `!`: the automatic order took the slower."""
     print("\nops at the presets' shapes, times faster than reference: inference / training; (left to reference)")
     for size, shape in SHAPES.items():
         for dtype in (torch.float32, torch.bfloat16):

@@ -18,6 +18,7 @@ from torch import Tensor
 from deit_fast import ops, reference
 from deit_fast.backend import BackendError
 from deit_fast.kernels import cpu
+from deit_fast.kernels.cpu import launch
 from deit_fast.reference.philox import keep_mask
 
 pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
@@ -100,6 +101,18 @@ def test_an_instruction_set_that_is_not_there_is_named() -> None:
     forced, reason = in_a_process_forced_to("sse9", "-c", PROBE).stdout.strip().split("|")
     assert forced == "None" and reason.startswith("DEIT_FAST_CPU_ISA=sse9 cannot be served: usable here: ")
     assert reason.endswith("generic")
+
+
+@pytest.mark.parametrize("fast_bf16", [False, True])
+def test_the_automatic_order_leaves_wide_training_to_fast_products(monkeypatch: pytest.MonkeyPatch, fast_bf16: bool) -> None:
+    """PyTorch's fp32 products always count as fast, its bf16 ones where the processor has them; narrow layers never wait."""
+    monkeypatch.setattr(launch, "FAST_BF16", fast_bf16)
+    for dtype, fast in ((torch.float32, True), (torch.bfloat16, fast_bf16)):
+        wide, narrow = torch.zeros(2, 192, dtype=dtype), torch.zeros(2, 64, dtype=dtype)
+        assert launch.order(wide) == (() if fast else ("cpu", "triton"))
+        assert launch.order(wide, 0.1, torch.tensor(1)) == launch.order(narrow) == ("cpu", "triton")
+        with torch.no_grad():
+            assert launch.order(wide) == ("cpu", "triton")
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 1 - 1e-12])

@@ -5,9 +5,9 @@ under plain build isolation. There is one CPU module per instruction set (`deit_
 the same sources in csrc/cpu, so that an inline function compiled for AVX-512 cannot leak into the AVX2 path; the loader
 picks one at import. `deit_fast._cuda` is built when nvcc is found.
 
-Environment: CXX, CXXFLAGS, CUDA_HOME as everywhere; DEIT_FAST_CPU_ISAS="avx2" limits the CPU modules (generic is always
-built: the loader asks it what the processor runs); DEIT_FAST_CUDA=0 leaves `_cuda` out; DEIT_FAST_CUDA_ARCHS="90" limits its
-targets (default "80 90 100", plus PTX of the last).
+Environment: CXX, CXXFLAGS, CUDA_HOME as everywhere; DEIT_FAST_CPU_ISAS="avx2" limits the CPU modules (generic is
+always built: the loader asks it what the processor runs); DEIT_FAST_CUDA=0 leaves `_cuda` out;
+DEIT_FAST_CUDA_ARCHS="90" limits its targets (default "80 90 100", plus PTX of the last).
 """
 
 from __future__ import annotations

@@ -23,9 +23,19 @@ CXX="g++ -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-
 # The interpreter itself is not instrumented: the runtime comes first by preloading, and its leaks are not ours.
 export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)"
 export ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$copy DEIT_FAST_REQUIRE=
+overrun='
+import torch
+from deit_fast.kernels.cpu import launch, module
+x, weight, out = torch.ones(4, 8), torch.ones(8, 8), torch.empty(4 * 8 - 1)  # one element short
+call = module.LinearResidual(False, 4, 8, 8, x.data_ptr(), (weight.data_ptr(), False), (0, False), 0.0, 0, 0, 1, 1)
+launch.run(call, False, x.data_ptr(), out.data_ptr())'
 for isa in "${@:-}" generic; do
     echo "== ${isa:-the best instruction set}"
     export DEIT_FAST_CPU_ISA=$isa
+    if "$python" -c "$overrun" 2>overrun.log || ! grep -q "ERROR: AddressSanitizer" overrun.log; then
+        echo "a write behind a tensor went unnoticed: the sanitizers are not at work" >&2
+        exit 1
+    fi
     "$python" -m pytest -q -p no:cacheprovider tests/test_parity.py -k "cpu and test_eager"
     "$python" -m pytest -q -p no:cacheprovider tests/test_random_calls.py tests/test_cpu_kernels.py \
         tests/test_cpu_attention.py tests/test_augment.py -k "not instruction_set and not compile"

@@ -18,6 +18,7 @@ from torch import Tensor
 from deit_fast import ops, reference
 from deit_fast.backend import BackendError
 from deit_fast.kernels import cpu
+from deit_fast.kernels.cpu import launch
 from deit_fast.reference.philox import keep_mask
 
 pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
@@ -72,18 +73,46 @@ def test_any_number_of_threads_gives_the_same_bits(op: str, dtype: torch.dtype) 
             assert torch.equal(value, other[name]), name
 
 
+def in_a_process_forced_to(isa: str, *arguments: str) -> subprocess.CompletedProcess:
+    """`python *arguments` with DEIT_FAST_CPU_ISA=isa: one module per process is loaded."""
+    env = {**os.environ, "DEIT_FAST_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), *sys.path])}
+    return subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True, check=False)
+
+
+PROBE = "from deit_fast.kernels import cpu; print(cpu.isa, cpu.why_not() or '', sep='|')"
+
+
 @pytest.mark.parametrize("isa", [isa for isa in cpu.ISAS if isa != cpu.isa])
 def test_every_instruction_set(isa: str) -> None:
-    """The parity table, forward and backward, in a process of its own: one module per process is loaded."""
-    env = {**os.environ, "DEIT_FAST_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), *sys.path])}
-    probe = subprocess.run([sys.executable, "-c", "from deit_fast.kernels import cpu; print(cpu.why_not() or '')"], env=env,
-                           capture_output=True, text=True, check=True)
-    if probe.stdout.strip():
-        pytest.skip(probe.stdout.strip())
+    """The parity table, forward and backward, under every instruction set that the processor has beside the chosen one."""
+    forced, reason = in_a_process_forced_to(isa, "-c", PROBE).stdout.strip().split("|")
+    if reason:
+        pytest.skip(reason)
+    assert forced == isa
     names = " or ".join(f"{op}-cpu-{variant}" for op in OPS for variant in ("fp32", "bf16mixed"))
-    command = [sys.executable, "-m", "pytest", "-q", "-x", str(TESTS / "test_parity.py"), "-k", f"({names}) and test_eager"]
-    result = subprocess.run(command, env=env, capture_output=True, text=True)
+    result = in_a_process_forced_to(isa, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(TESTS / "test_parity.py"),
+                                    "-k", f"({names}) and test_eager")
     assert result.returncode == 0, result.stdout[-3000:]
+    assert f"CPU kernels: {isa}," in result.stdout
+
+
+def test_an_instruction_set_that_is_not_there_is_named() -> None:
+    """Nothing runs in its place: the op steps down to reference, and asked for by name it says why."""
+    forced, reason = in_a_process_forced_to("sse9", "-c", PROBE).stdout.strip().split("|")
+    assert forced == "None" and reason.startswith("DEIT_FAST_CPU_ISA=sse9 cannot be served: usable here: ")
+    assert reason.endswith("generic")
+
+
+@pytest.mark.parametrize("fast_bf16", [False, True])
+def test_the_automatic_order_leaves_wide_training_to_fast_products(monkeypatch: pytest.MonkeyPatch, fast_bf16: bool) -> None:
+    """PyTorch's fp32 products always count as fast, its bf16 ones where the processor has them; narrow layers never wait."""
+    monkeypatch.setattr(launch, "FAST_BF16", fast_bf16)
+    for dtype, fast in ((torch.float32, True), (torch.bfloat16, fast_bf16)):
+        wide, narrow = torch.zeros(2, 192, dtype=dtype), torch.zeros(2, 64, dtype=dtype)
+        assert launch.order(wide) == (() if fast else ("cpu", "triton"))
+        assert launch.order(wide, 0.1, torch.tensor(1)) == launch.order(narrow) == ("cpu", "triton")
+        with torch.no_grad():
+            assert launch.order(wide) == ("cpu", "triton")
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 1 - 1e-12])

@@ -1,7 +1,7 @@
 """Training with the C++ kernels against training with the reference: the same start, batches and dropout masks.
 
-Two trainings that differ by roundings part for good after some dozen steps: Adam divides small gradients by their own noise and amplifies
-them. So the first steps are held against a third training in fp64, by the oracle, and the end
+Two trainings that differ by roundings part for good after some dozen steps: Adam divides small gradients by their own
+noise and so amplifies it. Hence the first steps are held against a third training in fp64, by the oracle, and the end
 against what other dropout masks would have changed.
 """
 
@@ -34,7 +34,7 @@ def batches_of(size: int, count: int) -> list[tuple[Tensor, Tensor]]:
 
 
 class Training:
-    """The report's ViT with Adam at 1e-3 and seeded dropout 0.1, from one seed; `masks` numbers its first step's masks."""
+    """The report's ViT with Adam at 1e-3 and seeded dropout 0.1, from one seed; `masks` numbers the first masks."""
 
     def __init__(self, backend: str, depth: int, dtype: torch.dtype = torch.float32, masks: int = 0) -> None:
         torch.manual_seed(0)

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from deit_fast import BackendError, backend, ops, use_backend
+from deit_fast import BackendError, backend, create_model, ops, use_backend
 
 
 def ones(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -97,3 +97,18 @@ def test_teacher_gets_no_gradient() -> None:
     cls, dist = torch.randn(2, 3, requires_grad=True), torch.randn(2, 3, requires_grad=True)
     ops.distillation_loss(cls, dist, torch.tensor([0, 1]), teacher, "soft").backward()
     assert teacher.grad is None and cls.grad is not None and dist.grad is not None
+
+
+def test_the_meta_device_gives_shapes() -> None:
+    """The automatic order computes nothing there; the C++ kernels say that they cannot."""
+    model = create_model("deit_nano_distilled_patch4_32", depth=1, device="meta")
+    cls, dist = model(torch.empty(2, 3, 32, 32, device="meta"))
+    assert cls.shape == dist.shape == (2, 10) and cls.device.type == "meta"
+    with pytest.raises(BackendError, match="on meta, not on the CPU|CPU extension"):
+        ops.attention(torch.empty(1, 2, 12, device="meta"), 1, backend="cpu")
+
+
+def test_a_layernorm_s_parameters_may_differ_in_dtype() -> None:
+    x, mixed = torch.randn(3, 8).bfloat16(), (LN[0], LN[1].bfloat16())
+    torch.testing.assert_close(ops.layernorm_linear(x, *mixed, W, B, backend="reference"),
+                               ops.layernorm_linear(x, *LN, W, B, backend="reference"))

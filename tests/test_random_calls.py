@@ -1,7 +1,7 @@
 """Random calls of every CPU op: right numbers or a named error, and never a crash.
 
-`DEIT_FAST_EXAMPLES` is how many: 10,000 in scripts/slow_tests.sh, a few hundred and always the same otherwise. The bound on
-the numbers is coarse, since it has to hold for any shape: test_parity.py has the fine one.
+`DEIT_FAST_EXAMPLES` is how many: 10,000 in scripts/slow_tests.sh, a few hundred, always the same, otherwise. The bound
+on the numbers is coarse, since it has to hold for any shape: test_parity.py has the fine one.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ EXAMPLES = os.environ.get("DEIT_FAST_EXAMPLES")
 
 def share(part: float) -> settings:
     """Settings for this part of all examples."""
-    return settings(max_examples=max(1, round(part * int(EXAMPLES or 300))), deadline=None, derandomize=EXAMPLES is None,
-                    database=None, suppress_health_check=list(HealthCheck))
+    return settings(max_examples=max(1, round(part * int(EXAMPLES or 300))), deadline=None, database=None,
+                    derandomize=EXAMPLES is None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(autouse=True)
@@ -70,35 +70,41 @@ def test_random_calls(call: Call) -> None:
     x = next(iter(call.arguments.values()))  # x or qkv: the activations come first
     unit = 3e-5 if x.dtype == torch.float32 else 3e-2
     scale = 1 / (1 - call.arguments.get("dropout_p", 0.0))  # of what dropout keeps
+    sums = scale * (1 + (x.numel() / x.shape[-1]) ** 0.5)  # a sum over the rows may cancel
+    if x.shape[-1] < 4 or call.arguments.get("eps", 1) < 1e-6:
+        unit *= 100  # LayerNorm of few nearly equal values amplifies rounding
     for name, value in actual.items():
         assert value.shape == truth[name].shape
         if value.numel():
             error, size = (value.double() - truth[name]).abs().max().item(), truth[name].abs().max().item()
-            narrow = x.shape[-1] < 4 or call.arguments.get("eps", 1) < 1e-6  # LayerNorm of few nearly equal values amplifies rounding
-            terms = value.numel() and x.numel() / x.shape[-1]  # a sum over the rows may cancel
-            assert error <= unit * (size + scale * (1 + terms**0.5)) * (100 if narrow else 1), f"{name}: {error} of {size}"
+            assert error <= unit * (size + sums), f"{name}: {error} of {size}"
 
 
 @share(0.2)
 @given(valid_calls(), st.data())
-def test_nan_and_infinity_reach_what_they_reach_in_the_reference(call: Call, data: st.DataObject) -> None:
-    """One element spoilt: the same elements of the output and of every gradient are finite.
+def test_nan_and_infinity_are_never_lost(call: Call, data: st.DataObject) -> None:
+    """One element spoilt: whatever is not finite in the reference is not finite here, in output and gradients.
 
-    Attention is held against a softmax written out, which `reference` takes with seeded dropout (the rate drops nothing here):
-    PyTorch's fused kernels make zeros of a row of NaN or of -inf.
+    And nothing else, except where dropout drops a NaN: the reference selects a zero there, a product with 0 (PyTorch's
+    own dropout, and ours) leaves NaN.
+    Attention is held against a softmax written out, which `reference` takes with seeded dropout (the rate drops nothing
+    here): PyTorch's fused kernels make zeros of a row of NaN or of -inf.
     """
-    if call.op == "attention" and not call.arguments.get("dropout_p"):
+    if call.op == "attention":
         call = replace(call, arguments={**call.arguments, "dropout_p": 1e-12, "seed": torch.tensor(0)})
     names = [name for name in call.tensors() if name != "seed" and call.arguments[name].numel()]
     if not names:
         return
     name = data.draw(st.sampled_from(names))
     value = call.arguments[name].contiguous().clone()
-    value.view(-1)[data.draw(st.integers(0, value.numel() - 1))] = data.draw(st.sampled_from([torch.nan, torch.inf, -torch.inf]))
+    at = data.draw(st.integers(0, value.numel() - 1))
+    value.view(-1)[at] = data.draw(st.sampled_from([torch.nan, torch.inf, -torch.inf]))
     call = call.with_argument(name, value)
+    dropped = call.op != "attention" and call.arguments.get("dropout_p", 0.0) > 0.0
     actual, expected = served(call), run(getattr(reference, call.op), call)
     for name, value in actual.items():
-        assert torch.equal(value.isfinite(), expected[name].isfinite()), name
+        ours, theirs = value.isfinite(), expected[name].isfinite()
+        assert torch.equal(ours & theirs, ours) if dropped else torch.equal(ours, theirs), name
 
 
 @share(0.3)

@@ -81,9 +81,14 @@ def check_row_scale(op: str, row_scale: Tensor | None, x: Tensor) -> None:
     check_device(op, "row_scale", row_scale, x)
 
 
+def _autocast_is_on(x: Tensor) -> bool:
+    """Whether autocast is on for x's device; the meta device has none, and PyTorch does not answer the question for it."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Autocast's dtype where it is on for x's device and applies to x, else None."""
-    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+    if not _autocast_is_on(x) or x.dtype == torch.float64:
         return None
     return torch.get_autocast_dtype(x.device.type)
 
@@ -95,6 +100,6 @@ def cast(dtype: torch.dtype | None, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 def without_autocast(x: Tensor) -> AbstractContextManager:
     """A context in which autocast is off for x's device: an op's implementation picks its own dtypes."""
-    if torch.is_autocast_enabled(x.device.type):
+    if _autocast_is_on(x):
         return torch.autocast(x.device.type, enabled=False)
     return nullcontext()

@@ -110,7 +110,8 @@ def weights(start: Tensor, side: Tensor, bicubic: Tensor, place: Tensor, source:
     u = torch.minimum(distance, reach) * ((1 << 46) // twice) >> 30  # 16 fractional bits
     value = torch.where(inside, torch.where(cubic, cubic_filter(u), (1 << 16) - u), 0)
     running = value.cumsum(2)
-    running = (running * ((1 << 46) // running[:, :, -1:]) + (1 << 31)) >> 32  # of a sum of 2^14
+    total = running[:, :, -1:].clamp(min=1)  # 0: a box without area at the source's end, which nobody looks at
+    running = (running * ((1 << 46) // total) + (1 << 31)) >> 32  # of a sum of 2^14
     return running.diff(dim=2, prepend=torch.zeros_like(running[:, :, :1]))
 
 

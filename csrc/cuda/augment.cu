@@ -16,9 +16,9 @@ using namespace augment;
 
 constexpr int THREADS = 256;
 
-constexpr int STEPS = 4;  // color operations, at most
-
-// One row of the plan, ready for any of its pixels.
+// One row of the plan, ready for any of its pixels. STEPS color operations: 4 where the hue changes, else 3, which saves
+// registers.
+template <int STEPS>
 struct Row {
     const uint8_t* image;
     int64_t stride_c, stride_y, stride_x;
@@ -28,8 +28,9 @@ struct Row {
     uint32_t key_low, key_high;
 };
 
-__device__ Row load_row(const Args& a, int64_t i) {
-    Row row;
+template <int STEPS>
+__device__ Row<STEPS> load_row(const Args& a, int64_t i) {
+    Row<STEPS> row;
     if (resizes(a, i)) {
         row = {tile_of(a, i), int64_t(a.height) * a.width, a.width, 1, a.height, a.width};
     } else {
@@ -42,12 +43,11 @@ __device__ Row load_row(const Args& a, int64_t i) {
     row.grayscale = a.grayscale[i];
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
-        row.kind[step] = kBrightness, row.factor[step] = kOne, row.base[step] = 0;  // nothing
-        if (step >= a.J) continue;
-        const int32_t kind = clamp(int32_t(a.jitter_order[a.J * i + step]), 0, int32_t(a.J) - 1);
-        const int32_t factor = a.jitter[a.J * i + kind];
+        const int32_t kind = clamp(int32_t(a.jitter_order[STEPS * i + step]), 0, STEPS - 1);
+        const int32_t factor = a.jitter[STEPS * i + kind];
         row.kind[step] = kind;
         row.factor[step] = kind == kHue ? clamp(factor, -kMaxShift, kMaxShift) : clamp(factor, 0, kMaxFactor);
+        row.base[step] = 0;
     }
     row.erase = a.erase + 4 * a.R * i;
     row.key_low = uint32_t(uint64_t(a.noise_key[i]));
@@ -60,7 +60,8 @@ struct Color {
 };
 
 // Pixel (y, x) after crop, flip and the first `steps` color operations.
-__device__ Color color(const Args& a, const Row& row, int32_t y, int32_t x, int steps) {
+template <int STEPS>
+__device__ Color color(const Args& a, const Row<STEPS>& row, int32_t y, int32_t x, int steps) {
     int32_t source_y = (row.vflip ? a.height - 1 - y : y) + row.crop_y;
     int32_t source_x = (row.flip ? a.width - 1 - x : x) + row.crop_x;
     if (a.reflect) source_y = reflected(source_y, row.source_h), source_x = reflected(source_x, row.source_w);
@@ -73,7 +74,7 @@ __device__ Color color(const Args& a, const Row& row, int32_t y, int32_t x, int 
     for (int step = 0; step < STEPS; ++step) {
         const int32_t kind = row.kind[step], factor = row.factor[step];
         if (step >= steps || factor == (kind == kHue ? 0 : kOne)) continue;
-        if (kind == kHue) {
+        if (STEPS > kHue && kind == kHue) {
             turn_hue(factor, v.c[0], v.c[1], v.c[2]);
             continue;
         }
@@ -98,7 +99,8 @@ __device__ int64_t block_sum(int64_t x) {
 }
 
 // Fills in contrast's base; all threads of the block must call it. A plan in range has one contrast step.
-__device__ void find_contrast(const Args& a, Row& row) {
+template <int STEPS>
+__device__ void find_contrast(const Args& a, Row<STEPS>& row) {
     const int64_t area = int64_t(a.height) * a.width;
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
@@ -113,7 +115,8 @@ __device__ void find_contrast(const Args& a, Row& row) {
 }
 
 // Normalised and erased channels of pixel (y, x).
-__device__ void pixel(const Args& a, const Row& row, int32_t y, int32_t x, float* value) {
+template <int STEPS>
+__device__ void pixel(const Args& a, const Row<STEPS>& row, int32_t y, int32_t x, float* value) {
     int64_t box = -1;
     for (int64_t r = 0; r < a.R; ++r) box = in_box(row.erase + 4 * r, y, x) ? r : box;  // the last one counts
     if (box >= 0) {
@@ -146,7 +149,7 @@ struct Output<kFloat16> {
     static __device__ uint16_t from(float x) { return to_float16(x); }
 };
 
-template <int DTYPE>
+template <int DTYPE, int STEPS>
 __global__ void __launch_bounds__(THREADS) augment_fwd_kernel(const Args a) {
     using T = typename Output<DTYPE>::type;
     const int64_t i = blockIdx.x, area = int64_t(a.height) * a.width;
@@ -154,11 +157,11 @@ __global__ void __launch_bounds__(THREADS) augment_fwd_kernel(const Args a) {
     const float lam = fminf(fmaxf(a.lam[i], 0.0f), 1.0f);
     const int32_t* cut = a.cut + 4 * i;
     const bool cuts = has_area(cut), mixes = !cuts && lam != 1.0f;
-    Row own = load_row(a, i);
+    auto own = load_row<STEPS>(a, i);
     find_contrast(a, own);
-    Row other = own;
+    auto other = own;
     if (cuts || mixes) {
-        other = load_row(a, j);
+        other = load_row<STEPS>(a, j);
         find_contrast(a, other);
     }
     T* out = static_cast<T*>(a.out) + 3 * i * area;
@@ -181,6 +184,14 @@ __global__ void __launch_bounds__(THREADS) augment_fwd_kernel(const Args a) {
     }
 }
 
+template <int STEPS>
+void launch(const Args& a, cudaStream_t stream) {
+    const auto grid = unsigned(a.B);
+    if (a.dtype == kFloat32) augment_fwd_kernel<kFloat32, STEPS><<<grid, THREADS, 0, stream>>>(a);
+    if (a.dtype == kBFloat16) augment_fwd_kernel<kBFloat16, STEPS><<<grid, THREADS, 0, stream>>>(a);
+    if (a.dtype == kFloat16) augment_fwd_kernel<kFloat16, STEPS><<<grid, THREADS, 0, stream>>>(a);
+}
+
 }  // namespace
 
 int64_t augment_workspace(int64_t source_h, int64_t source_w, int64_t height, int64_t width, int64_t B) {
@@ -188,11 +199,12 @@ int64_t augment_workspace(int64_t source_h, int64_t source_w, int64_t height, in
 }
 
 int augment_fwd(const augment::Args& a, void* stream) {
-    const auto grid = unsigned(a.B);
     const auto on = static_cast<cudaStream_t>(stream);
     if (a.resized_crop) resize(a, on);
-    if (a.dtype == kFloat32) augment_fwd_kernel<kFloat32><<<grid, THREADS, 0, on>>>(a);
-    if (a.dtype == kBFloat16) augment_fwd_kernel<kBFloat16><<<grid, THREADS, 0, on>>>(a);
-    if (a.dtype == kFloat16) augment_fwd_kernel<kFloat16><<<grid, THREADS, 0, on>>>(a);
+    if (a.J == 4) {
+        launch<4>(a, on);
+    } else {
+        launch<3>(a, on);
+    }
     return cudaGetLastError();
 }

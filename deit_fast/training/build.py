@@ -104,14 +104,18 @@ def build_eval_loaders(config: Config, data: ImageData, device: torch.device) ->
 
 def build_recipe(a: AugmentationConfig, data: ImageData) -> Recipe:
     """What the plan draws, from the settings; sets whose mirror images mean something else are never flipped."""
-    size = data.train.images.shape[-1]
-    if a.crop_pad > size:
-        raise ConfigError(f"--crop-pad {a.crop_pad} is wider than the images of {size} pixels, so that a crop could "
-                          "miss them. Lower it, or raise --input-size.")
-    return Recipe(crop_pad=a.crop_pad, hflip=a.hflip if data.flips else 0.0, brightness=a.color_jitter,
-                  contrast=a.color_jitter, saturation=a.color_jitter, reprob=a.reprob, remode=a.remode,
-                  recount=a.recount, mixup=a.mixup, cutmix=a.cutmix, cutmix_minmax=a.cutmix_minmax,
-                  mixup_prob=a.mixup_prob, mixup_switch_prob=a.mixup_switch_prob, mixup_mode=a.mixup_mode)
+    height, width = data.train.images.shape[-2:]
+    if a.padding_mode == "constant" and a.crop_pad > min(height, width):
+        raise ConfigError(f"--crop-pad {a.crop_pad} is wider than the images of {min(height, width)} pixels, so that a "
+                          "crop could miss them. Lower it, or raise --input-size.")
+    rrc = a.train_crop_mode == "rrc" or (a.train_crop_mode == "auto" and max(height, width) > 32)
+    return Recipe(crop_pad=0 if rrc else a.crop_pad, padding_mode=a.padding_mode, rrc=rrc, scale=a.scale, ratio=a.ratio,
+                  interpolation=a.train_interpolation, hflip=a.hflip if data.flips else 0.0,
+                  alternating_flip=a.alternating_flip, vflip=a.vflip if data.flips else 0.0, brightness=a.color_jitter,
+                  contrast=a.color_jitter, saturation=a.color_jitter, hue=a.hue, grayscale=a.grayscale_prob,
+                  reprob=a.reprob, remode=a.remode, recount=a.recount, mixup=a.mixup, cutmix=a.cutmix,
+                  cutmix_minmax=a.cutmix_minmax, mixup_prob=a.mixup_prob, mixup_switch_prob=a.mixup_switch_prob,
+                  mixup_mode=a.mixup_mode)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,8 @@ OPTIONS = {
 ALIASES = {"data_set": ("--dataset",), "data_path": ("--data-dir",), "input_size": ("--img-size",),
            "batch_size": ("-b",), "workers": ("-j", "--num-workers")}
 CHOICES = {
-    "data_set": "auto cifar10 cifar100 folder digits", "data_loading": "auto resident stream", "remode": "pixel const", "mixup_mode": "batch pair elem",
+    "data_set": "auto cifar10 cifar100 folder digits", "data_loading": "auto resident stream",
+    "remode": "pixel const", "mixup_mode": "batch pair elem",
     "tokens": "cls cls+cls cls+dist", "distillation_type": "none soft hard", "teacher_stem": "auto imagenet cifar",
     "distillation_reduction": "batchmean numel", "teacher_weights": "none DEFAULT", "opt": "adam adamw sgd",
     "sched": "constant cosine step", "teacher_logits": "auto online stored", "amp_dtype": "bfloat16 float16",

@@ -37,6 +37,7 @@ from deit_fast.errors import DataError
 DATA_SETS = ("auto", "cifar10", "cifar100", "folder", "digits")
 DATA_LOADING = ("auto", "resident", "stream")
 
+
 @dataclass(frozen=True)
 class ImageData:
     """A data set ready for training. mean and std are in 0..1 scale; `notes` are to be said loudly."""

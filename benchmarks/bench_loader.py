@@ -1,7 +1,7 @@
 """Whether training waits for its images: what each loader delivers alone, beside what a training step takes.
 
-The step is the report's DeiT at batch 64 on the fast backends (forward, distillation loss, backward, AdamW), the recipe the
-full one of bench_augment.py. A loader's epoch counts everything: its plan, starting its workers, decoding. On a CPU
+The step is the report's DeiT at batch 64 on the fast backends (forward, distillation loss, backward, AdamW), the recipe
+the full one of bench_augment.py. A loader's epoch counts everything: its plan, starting its workers, decoding. On a CPU
 loader and step share the cores, so a loader R times as fast as the step takes about 1 / R of the step's time from it.
 """
 

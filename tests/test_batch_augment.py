@@ -187,8 +187,9 @@ def test_any_batch_size(count: int) -> None:
 
 
 def test_dtype_and_memory_format() -> None:
-    for images, options, dtype in ((IMAGES, {}, torch.float32), (IMAGES, {"dtype": torch.bfloat16}, torch.bfloat16),
-                                   (FLOATS.half(), {}, torch.float16), (FLOATS, {"dtype": torch.bfloat16}, torch.bfloat16)):
+    bf16 = {"dtype": torch.bfloat16}
+    for images, options, dtype in ((IMAGES, {}, torch.float32), (IMAGES, bf16, torch.bfloat16),
+                                   (FLOATS.half(), {}, torch.float16), (FLOATS, bf16, torch.bfloat16)):
         result, targets = BatchAugment(**BOTH, **PIXELS, **options, channels_last=True)(images, LABELS)
         assert result.dtype == dtype and result.is_contiguous(memory_format=torch.channels_last)
         assert targets.dtype == torch.float32
@@ -256,7 +257,8 @@ def test_workers_draw_each_their_own_numbers_again_and_again() -> None:
 def test_kernels_are_refused_in_workers() -> None:
     """In the main process the automatic order takes the kernel; in a worker it steps down, and by name it raises."""
     for mix in (BatchAugment(**BOTH, **PIXELS, backend="cpu"), BatchAugment(**BOTH, **PIXELS)):
-        with use_backend(None if mix.backend else "cpu"), pytest.raises(BackendError, match="worker process.*Usable here"):
+        refused = pytest.raises(BackendError, match="worker process.*Usable here")
+        with use_backend(None if mix.backend else "cpu"), refused:
             next(iter(worker_loader(mix)))
 
 

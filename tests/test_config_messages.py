@@ -138,7 +138,8 @@ def test_python_callers_get_the_same_checks():
     ("--val-split 0 --eval-metric auc", "eval-metric", "--val-split 0.1"),
     ("--workers 4", "workers", "--data-set folder --data-path /d"),
     ("--workers 4 --data-set folder --data-path /d --data-loading resident", "workers", "--data-loading stream"),
-    ("--workers 4 --data-loading stream", "workers", "--aa ra"), ("--mixup-prob 0.5", "mixup-prob", "--cutmix-minmax 0.2 0.8"),
+    ("--workers 4 --data-loading stream", "workers", "--aa ra"),
+    ("--mixup-prob 0.5", "mixup-prob", "--cutmix-minmax 0.2 0.8"),
     ("--no-aug --mixup-prob 0.5", "mixup-prob", "--aug --mixup 0.2"),
 ])
 def test_a_flag_without_effect_is_named_until_it_has_one(argv, flags, remedy):

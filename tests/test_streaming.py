@@ -73,7 +73,7 @@ def test_batches_from_files_are_those_of_a_resident_split(root, options):
     in_memory = train_loader(files, Split(resident.train.images, resident.train.labels, stream=True), **options)
     assert same(in_memory.epoch(1), expected) and same(in_memory.epoch(1, 2), expected[2:])
     for split in ("val", "test"):
-        a, b = (EvalLoader(getattr(data, split), data.mean, data.std, 3, 2, workers=w) for data, w in ((resident, 0), (files, 2)))
+        a, b = (EvalLoader(getattr(data, split), data.mean, data.std, 3, 2, workers=2) for data in (resident, files))
         assert same(a, b) and len(a) == len(b)
 
 
@@ -90,7 +90,8 @@ def test_the_index_knows_what_the_pixels_say(root):
     assert files.classes == resident.classes and files.notes == resident.notes and files.name == resident.name
     for split in ("train", "val", "test"):
         a, b = getattr(files, split), getattr(resident, split)
-        assert torch.equal(a.labels, b.labels) and a.images.shape == b.images.shape and a.images.numel() == b.images.numel()
+        assert torch.equal(a.labels, b.labels) and a.images.shape == b.images.shape
+        assert a.images.numel() == b.images.numel()
         assert torch.equal(a.images[torch.tensor([2, 0])], b.images[[2, 0]]) and torch.equal(a.images[1], b.images[1])
     for a, b in ((files.mean, resident.mean), (files.std, resident.std)):
         assert np.allclose(a, b, rtol=1e-13, atol=0)
@@ -154,10 +155,10 @@ def test_auto_streams_what_does_not_fit(root, tmp_path, monkeypatch):
         kind(root, 50_000, size, data_loading="resident", input_size=40)
 
 
-def test_room_is_half_of_the_memory(monkeypatch):
+def test_room_leaves_memory_for_the_rest(monkeypatch):
     monkeypatch.setattr(memory, "physical_memory", lambda: 1000)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (300, 900))
-    assert memory.room("cpu") == 500 and memory.room("cuda:1") == 150
+    assert memory.room("cpu") == 500 and memory.room("cuda:1") == 75
 
 
 def test_descriptions_name_the_path(root):
@@ -176,8 +177,9 @@ def test_descriptions_name_the_path(root):
 
 
 def test_the_command_streams_and_says_so(root):
-    flags = ("--preset", "report-vit", "--data-set", "folder", "--data-path", root, "--input-size", "16", "--epochs", "1",
-             "--batch-size", "4", "--device", "cpu", "--val-split", "0.2", "--hflip", "0.5", "--mixup", "0.8")  # fmt: skip
+    flags = ("--preset", "report-vit", "--data-set", "folder", "--data-path", root, "--input-size", "16",
+             "--epochs", "1", "--batch-size", "4", "--device", "cpu", "--val-split", "0.2", "--hflip", "0.5",
+             "--mixup", "0.8")  # fmt: skip
     weights = []
     for choice in ("resident", "stream"):
         result = train(*flags, "--data-loading", choice, "--output-dir", root.parent / choice)
@@ -222,7 +224,7 @@ def test_bad_images_are_named_or_skipped_before_training_begins(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("content, words", [(None, "read any more .No such file"), (b"x", "decoded any more .not an image")])
+@pytest.mark.parametrize("content, words", [(None, "read any more .No such"), (b"x", "decoded any more .not an image")])
 def test_a_file_that_goes_bad_during_the_run_is_named(root, workers, content, words):
     data = load(root, data_loading="stream")
     loader = train_loader(data, workers=workers, auto_augment=RAND if workers else None)
@@ -236,7 +238,7 @@ def test_a_file_that_goes_bad_during_the_run_is_named(root, workers, content, wo
 def test_a_killed_worker_is_named(root):
     loader = train_loader(load(root, data_loading="stream"), batch_size=1, workers=1)
     others = set(multiprocessing.active_children())
-    with pytest.raises(DataError, match="has died .*killed by signal.*--workers"), worker_errors():
+    with pytest.raises(DataError, match="has died .*--workers"), worker_errors():
         for _ in loader.epoch(0):
             for worker in set(multiprocessing.active_children()) - others:
                 os.kill(worker.pid, signal.SIGKILL)

@@ -1,8 +1,8 @@
 """`BatchAugment`: the whole augmentation of a batch in one call, for loops that are not ours.
 
-It stands where timm's `Mixup` or torchvision's `v2.MixUp` and `v2.CutMix` stand, `images, targets = mix(images, labels)`,
-with timm's argument names and defaults, and does the crop, flip, color jitter, normalisation and erasing before it in the
-same pass of `ops.augment`. The batch is what it is given; nothing has to live on the device beforehand.
+It stands where timm's `Mixup` or torchvision's `v2.MixUp` and `v2.CutMix` stand, `images, targets = mix(images,
+labels)`, with timm's argument names and defaults, and does the crop, flip, color jitter, normalisation and erasing
+before it in the same pass of `ops.augment`. Nothing has to live on the device beforehand.
 
 Randomness is counter-based, as for our own loaders: the numbers of a call are a function of (seed, epoch, images seen
 in the epoch, recipe). Neither NumPy's nor PyTorch's generators are used or moved. So the same batches in the same order
@@ -36,20 +36,20 @@ class BatchAugment(nn.Module):
     """Augmented, normalised images and soft targets from a batch: `images, targets = augment(images, labels)`.
 
     Takes images (B, 3, H, W) or (B, H, W, 3) uint8 and labels (B,) of any integer dtype, on one device; returns images
-    (B, 3, H', W') and targets (B, K) float32, which a loss with soft targets takes and must not smooth again. Nothing is
-    changed in place. A batch may have any size, odd ones included: the middle image of an odd batch is not mixed.
+    (B, 3, H', W') and targets (B, K) float32, which a loss with soft targets takes and must not smooth again. Nothing
+    is changed in place. A batch may have any size, odd ones included: the middle image of an odd batch is not mixed.
 
-    Float images, any (B, C, H, W), count as normalised already, which is what timm's and torchvision's mixing take: they
-    are erased (C = 3) and mixed, in plain PyTorch by the op's specification, and keep their dtype. Transforms that come
-    before the normalisation need uint8 and are refused.
+    Float images, any (B, C, H, W), count as normalised already, which is what timm's and torchvision's mixing take:
+    they are erased (C = 3) and mixed, in plain PyTorch by the op's specification, and keep their dtype. Transforms that
+    come before the normalisation need uint8 and are refused.
 
-    `eval()`: images are only normalised (the centre, where `size` is smaller; float images stay as they are) and targets
-    are one-hot, without smoothing. `mixup_enabled = False` ends mixing and keeps the rest, as in timm.
+    `eval()`: images are only normalised (the centre, where `size` is smaller; float images stay as they are) and
+    targets are one-hot, without smoothing. `mixup_enabled = False` ends mixing and keeps the rest, as in timm.
 
     Args:
         mixup_alpha, cutmix_alpha, cutmix_minmax, prob, switch_prob, mode, label_smoothing, num_classes: as timm's
-            `Mixup`, with its defaults (which are MixUp with alpha 1 and smoothing 0.1). Lambda is always corrected to the
-            area of a clipped box, and labels are class numbers: there is no `correct_lam` and no `multi_label`.
+            `Mixup`, with its defaults (which are MixUp with alpha 1 and smoothing 0.1). Lambda is always corrected to
+            the area of a clipped box, and labels are class numbers: there is no `correct_lam` and no `multi_label`.
         mean, std: of the three channels on the scale 0..1; uint8 images need them.
         size: H', or (H', W'); default: the images' own.
         seed: of all draws, 64 bits.
@@ -60,10 +60,10 @@ class BatchAugment(nn.Module):
             reprob, remode, recount. Their defaults draw nothing.
 
     In a DataLoader's `collate_fn` it works too, but slowly: in a worker process the kernels of this project cannot run
-    (OpenMP does not survive the fork), so plain PyTorch serves; a backend asked for by name raises BackendError. There the
-    numbers also depend on the seed that the DataLoader gives each worker, so workers and epochs differ from each other,
-    and they repeat when PyTorch's generator is seeded and the number of workers is the same. The better place is behind
-    the loader, on the device.
+    (OpenMP does not survive the fork), so plain PyTorch serves; a backend asked for by name raises BackendError. There
+    the numbers also depend on the seed that the DataLoader gives each worker, so workers and epochs differ from each
+    other, and they repeat when PyTorch's generator is seeded and the number of workers is the same. The better place is
+    behind the loader, on the device.
 
     Raises TypeError and ValueError for arguments and batches that do not fit.
     """
@@ -103,7 +103,7 @@ class BatchAugment(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, H', W') and (B, K) from images (B, 3, H, W), (B, H, W, 3) uint8 or (B, C, H, W) float, and labels (B,)."""
+        """(B, 3, H', W') and (B, K); images: (B, 3, H, W), (B, H, W, 3) uint8 or (B, C, H, W) float; labels: (B,)."""
         labels = _checked(images, labels)
         if images.dtype == torch.uint8:
             return self._from_pixels(images.as_subclass(Tensor), labels)
@@ -111,8 +111,8 @@ class BatchAugment(nn.Module):
 
     def _from_pixels(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         if self.mean is None or self.std is None:
-            raise ValueError("BatchAugment: uint8 images are normalised here. Pass mean= and std= of the data set, on the "
-                             "scale 0..1.")
+            raise ValueError("BatchAugment: uint8 images are normalised here. Pass mean= and std= of the data set, on "
+                             "the scale 0..1.")
         source, size = source_size(images), output_size(images, self.size)
         if self.training:
             plan = self._next_plan(len(images), source, size, images.device)
@@ -141,13 +141,13 @@ class BatchAugment(nn.Module):
         early = [name for name in TRANSFORMS if name not in AFTER_NORMALISATION
                  and getattr(self.recipe, name) != getattr(Recipe(), name)]  # fmt: skip
         if self.training and early:
-            raise ValueError(f"BatchAugment: {', '.join(early)} come before the normalisation and need uint8 images, got "
-                             f"{images.dtype}. Pass uint8 images, or leave these transforms to what made the floats.")
+            raise ValueError(f"BatchAugment: {', '.join(early)} come before the normalisation and need uint8 images, "
+                             f"got {images.dtype}. Pass uint8 images, or leave these to what made the floats.")
         if self.recipe.reprob and images.shape[1] != 3:
             raise ValueError(f"BatchAugment: erasing needs images (B, 3, H, W), got {tuple(images.shape)}.")
         if self.size is not None and output_size(images, self.size) != tuple(images.shape[2:]):
-            raise ValueError(f"BatchAugment: float images keep their size, {images.shape[2]}x{images.shape[3]}. Pass uint8 "
-                             "images to crop, or leave size out.")
+            raise ValueError(f"BatchAugment: float images keep their size, {images.shape[2]}x{images.shape[3]}. Pass "
+                             "uint8 images to crop, or leave size out.")
         if labels.device != images.device:
             raise ValueError(f"BatchAugment: labels must be on {images.device} like the images, got {labels.device}.")
         if labels.device.type == "cpu" and not ((labels >= 0) & (labels < self.num_classes)).all():

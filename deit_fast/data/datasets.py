@@ -37,6 +37,7 @@ from deit_fast.errors import DataError
 DATA_SETS = ("auto", "cifar10", "cifar100", "folder", "digits")
 DATA_LOADING = ("auto", "resident", "stream")
 
+
 @dataclass(frozen=True)
 class ImageData:
     """A data set ready for training. mean and std are in 0..1 scale; `notes` are to be said loudly."""
@@ -136,7 +137,7 @@ def pixel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ..
 def _fingerprint(classes: tuple[str, ...], *splits: Split | None) -> str:
     """sha256 over the class names, and over shape, labels and pixels of every split.
 
-    Of pixels in files the digests count: whoever sees another fingerprint in a checkpoint can tell why.
+    Of images in files their digests count in place of their pixels, and the fingerprint begins with "files-".
     """
     digest = hashlib.sha256(json.dumps(classes).encode())
     for split in splits:

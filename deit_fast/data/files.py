@@ -43,8 +43,10 @@ class ImageFiles:
         return len(self.arrays["names"])
 
     def __getitem__(self, rows: int | slice | Tensor) -> Tensor:
-        """(3, S, S) of one row; (K, 3, S, S) of rows that are a slice or int64 (K,). DataError names a file that cannot be
-        read or decoded."""
+        """(3, S, S) of one row; (K, 3, S, S) of rows that are a slice or int64 (K,).
+
+        DataError names a file that cannot be read or decoded.
+        """
         names = self.arrays["names"][rows.numpy() if isinstance(rows, Tensor) else rows]
         if isinstance(names, bytes):
             return torch.from_numpy(self._read(names))
@@ -59,8 +61,8 @@ class ImageFiles:
         try:
             content = path.read_bytes()
         except OSError as error:
-            raise DataError(f"{path}: cannot be read any more ({error.strerror}). Put it back, or start again: the next run "
-                            "takes the directory as it is then.") from error
+            raise DataError(f"{path}: cannot be read any more ({error.strerror}). Put it back, or start again: the "
+                            "next run takes the directory as it is then.") from error
         pixels, why = decode(content, self.size)
         if pixels is None:
             raise DataError(f"{path}: cannot be decoded any more ({why}). Replace it, or start again with "
@@ -72,8 +74,10 @@ class ImageFiles:
         return ImageFiles(self.root, self.size, {name: array[rows.numpy()] for name, array in self.arrays.items()})
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """`datasets.pixel_statistics` of the images, from the sums of the index: equal but for the last bits of a float64,
-        which the augmentation op rounds away."""
+        """`datasets.pixel_statistics` of the images, from the sums of the index.
+
+        Equal but for the last bits of a float64, which the augmentation op rounds away.
+        """
         count = self.size**2 * len(self)
         mean, std = [], []
         for value, square in self.arrays["sums"].sum(0).T.tolist():  # of a channel: exact integers

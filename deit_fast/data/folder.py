@@ -5,8 +5,8 @@ core, the array of 184 MB that they become is read back in 0.3 s. `index_folder`
 fit into memory, decodes every file too but keeps only its name, a digest and its sums: bad files show before training
 begins instead of in the middle of an epoch, mean and std come from the same pixels, and the set has a fingerprint.
 
-The cache lies in `$DEIT_FAST_CACHE` (else `~/.cache/deit_fast`) under a key of path, sizes, modification times and input
-size; it is written under a temporary name and renamed, carries checksums, and a damaged one is made anew.
+The cache lies in `$DEIT_FAST_CACHE` (else `~/.cache/deit_fast`) under a key of path, sizes, modification times and
+input size; it is written under a temporary name and renamed, carries checksums, and a damaged one is made anew.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def _load(path: Path, input_size: int, kind: str, make: Callable[[Path, int], Co
     bad = contents.findings.bad
     if bad and not skip_bad_images:
         raise DataError(
-            f"{path}: {len(bad)} of {len(bad) + _count(contents)} images cannot be decoded: {few(bad)}. Replace them, or "
-            "pass --skip-bad-images to train without them."
+            f"{path}: {len(bad)} of {len(bad) + _count(contents)} images cannot be decoded: {few(bad)}. Replace them, "
+            "or pass --skip-bad-images to train without them."
         )
     return contents
 

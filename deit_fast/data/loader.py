@@ -8,8 +8,9 @@ when it stopped.
 Where the images come from is the split's business, and changes no bit:
 
 - A small data set (CIFAR-10 is 184 MB) lives on the device as uint8; the op reads it there by the plan's indices.
-- One that does not fit there (`Split.stream`) lies in host memory, or in its files and is decoded by DataLoader workers.
-  A batch of it is copied to the device as uint8, a quarter of fp32, and the same op applies the same rows of the plan.
+- One that does not fit there (`Split.stream`) lies in host memory, or in its files and is decoded by DataLoader
+  workers. A batch of it is copied to the device as uint8, a quarter of fp32, and the same op applies the same rows of
+  the plan.
 
 RandAugment and TrivialAugment (`auto_augment`) have no kernel here. With them, workers crop, flip and run torchvision's
 policy on uint8, and the op does the rest; see data/auto_augment.py. The processes themselves: data/workers.py.

@@ -13,7 +13,9 @@ def physical_memory() -> int:
 
 
 def room(device: torch.device | str) -> int:
-    """Bytes that resident images may take: half of what is free on a GPU (the model needs some), or half of this machine's
-    memory for a CPU (decoding holds them twice)."""
+    """Bytes that resident images may take: a quarter of what is free on a GPU, half of this machine's memory for a CPU.
+
+    On a GPU the loader that trains a teacher holds them once more, and the models need some; decoding holds them twice.
+    """
     device = torch.device(device)
-    return (torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else physical_memory()) // 2
+    return torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else physical_memory() // 2

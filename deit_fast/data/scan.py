@@ -1,4 +1,4 @@
-"""One pass over the images of `train/<class>/*` and `test/<class>/*`: what decodes, what does not, whether it is a data set.
+"""One pass over the images of `train/<class>/*` and `test/<class>/*`: which decode, and whether they are a data set.
 
 Every source becomes RGB of 8 bits: grey is repeated, palettes are looked up, CMYK is converted, alpha is dropped, 16
 bits are cut to 8. An image of the right size is taken as it is. Any other is scaled (bicubic, antialiased) so that
@@ -69,7 +69,8 @@ class Scan:
             for batch in _batches(self._files()):
                 threaded = sum(len(content) for _, content in batch) > THREADED_BYTES * len(batch)
                 jobs = [(content, self.input_size) for _, content in batch]
-                for (name, _), (pixels, what) in zip(batch, (pool.map if threaded else map)(decode, *zip(*jobs)), strict=True):
+                decoded = (pool.map if threaded else map)(decode, *zip(*jobs))
+                for (name, _), (pixels, what) in zip(batch, decoded, strict=True):
                     if pixels is None:
                         self._bad[name] = what
                         continue

@@ -1,8 +1,9 @@
 """Batches of uint8 images on their way to the device: made in worker processes, pinned, copied ahead on a side stream.
 
-Workers decode, and apply torchvision's policies; they run plain torch, torchvision and Pillow only, none of our kernels,
-because OpenMP does not survive the fork. Each makes whole batches, by number, so neither how many there are nor
-where an epoch was resumed changes what comes out. On a GPU a batch is pinned and copied while the one before is used.
+Workers decode, and apply torchvision's policies; they run plain torch, torchvision and Pillow only, none of our
+kernels, because OpenMP does not survive the fork. Each makes whole batches, by number, so neither how many there are
+nor where an epoch was resumed changes what comes out. On a GPU a batch is pinned and copied while the one before is
+used.
 
 What goes wrong in a worker arrives as the DataError that it is. A worker that is killed (mostly for memory) becomes one
 in `worker_errors`: PyTorch raises its RuntimeError from a signal handler, wherever the main process happens to be.
@@ -111,12 +112,15 @@ def worker_errors() -> Iterator[None]:
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
-        raise DataError(f"a process that prepares images has died ({str(error).split('. ')[0].rstrip('. ')}). Memory or "
-                        "/dev/shm may be too small: lower --workers, --batch-size or --input-size.") from error
+        what = str(error).split(". ")[0].rstrip(". ")
+        raise DataError(f"a process that prepares images has died ({what}). Memory or /dev/shm may be too small: lower "
+                        "--workers, --batch-size or --input-size.") from error
 
 
 def _leave_signals_to_the_parent(_worker: int) -> None:
-    """Lets SIGINT and SIGTERM pass: terminals and job schedulers send them to the workers too, which are needed until the
-    run has saved its state and closes them."""
+    """Lets SIGINT and SIGTERM pass: terminals and job schedulers send them to the workers too.
+
+    They are needed until the run has saved its state and closes them.
+    """
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)

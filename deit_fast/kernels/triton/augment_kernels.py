@@ -17,6 +17,10 @@ import triton.language as tl
 from .augment_color import CONTRAST, color, contrast_base, gray, jitters, load_color, mix, noise
 from .augment_geometry import clamp, source_pixels
 
+# A batch's plan is a slice of an epoch's: were its pointers specialised on their alignment, steps would compile anew.
+SLICED = ["images_ptr", "labels_ptr", "index_ptr", "box_ptr", "bicubic_ptr", "crop_ptr", "flip_ptr", "vflip_ptr",
+          "order_ptr", "jitter_ptr", "grayscale_ptr", "erase_ptr", "key_ptr", "partner_ptr", "lam_ptr", "cut_ptr"]
+
 
 @triton.jit
 def in_box(box_ptr, y, x):
@@ -104,7 +108,8 @@ def mixed_targets(labels_ptr, index_ptr, targets_ptr, row, partner, lam, M, on, 
         tl.store(targets_ptr + row * K + k, target, mask=k < K)
 
 
-@triton.jit(do_not_specialize=["M", "stride_c", "stride_y", "stride_x", "source_h", "source_w"])
+@triton.jit(do_not_specialize=["M", "stride_m", "stride_c", "stride_y", "stride_x", "source_h", "source_w"],
+            do_not_specialize_on_alignment=SLICED)
 def augment_gray_kernel(images_ptr, index_ptr, box_ptr, bicubic_ptr, first_ptr, weights_ptr, crop_ptr, flip_ptr,
                         vflip_ptr, order_ptr, jitter_ptr, sums_ptr, M, stride_m, stride_c, stride_y, stride_x, source_h,
                         source_w, H: tl.constexpr, W: tl.constexpr, J: tl.constexpr, BLOCK: tl.constexpr,
@@ -134,7 +139,8 @@ def augment_gray_kernel(images_ptr, index_ptr, box_ptr, bicubic_ptr, first_ptr, 
         tl.store(sums_ptr + row * SPLITS + split, tl.sum(total))
 
 
-@triton.jit(do_not_specialize=["M", "B", "stride_c", "stride_y", "stride_x", "source_h", "source_w"])
+@triton.jit(do_not_specialize=["M", "B", "stride_m", "stride_c", "stride_y", "stride_x", "source_h", "source_w"],
+            do_not_specialize_on_alignment=SLICED)
 def augment_fwd_kernel(images_ptr, labels_ptr, index_ptr, box_ptr, bicubic_ptr, first_ptr, weights_ptr, crop_ptr,
                        flip_ptr, vflip_ptr, order_ptr, jitter_ptr, grayscale_ptr, erase_ptr, key_ptr, partner_ptr,
                        lam_ptr, cut_ptr, sums_ptr, out_ptr, targets_ptr, M, B, stride_m, stride_c, stride_y, stride_x,

@@ -62,10 +62,9 @@ def assert_equal(inputs: Batch, size: tuple[int, int], **settings: object) -> No
     assert torch.equal(x, other_x) and torch.equal(targets, other_targets)
 
 
-@pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize(("B", "source", "size", "layout"), [
-    (1, (1, 1), (1, 1), "chw"), (6, (16, 16), (16, 16), "chw"), (4, (28, 40), (32, 24), "hwc"),
-    (2, (50, 40), (64, 33), "chw"), (2, (5, 700), (3, 1100), "hwc"),
+@pytest.mark.parametrize(("B", "source", "size", "layout", "seed"), [
+    (1, (1, 1), (1, 1), "chw", 0), (6, (16, 16), (16, 16), "chw", 0), (4, (28, 40), (32, 24), "hwc", 1),
+    (2, (50, 40), (64, 33), "chw", 0), (2, (50, 40), (64, 33), "hwc", 1), (2, (5, 700), (3, 700), "hwc", 2),
 ])
 def test_crops_colors_boxes_mixing(B: int, source, size, layout: str, seed: int) -> None:
     """Without resizing and hue, whose rows are other kernels. The last sizes are split into tiles."""
@@ -73,8 +72,8 @@ def test_crops_colors_boxes_mixing(B: int, source, size, layout: str, seed: int)
 
 
 @pytest.mark.parametrize(("B", "source", "size", "layout", "seed"), [
-    (1, (1, 1), (1, 1), "chw", 0), (6, (16, 16), (16, 16), "chw", 1), (4, (28, 40), (32, 24), "hwc", 2),
-    (2, (96, 80), (64, 33), "chw", 3), (2, (7, 90), (3, 20), "hwc", 4),
+    (1, (1, 1), (1, 1), "chw", 0), (6, (16, 16), (16, 16), "chw", 1), (3, (28, 40), (32, 24), "hwc", 2),
+    (2, (52, 47), (46, 45), "chw", 3), (2, (7, 90), (3, 20), "hwc", 4),
 ])
 def test_resizing_and_hue(B: int, source, size, layout: str, seed: int) -> None:
     assert_equal(batch(B, source, size, layout, seed), size)
@@ -82,10 +81,11 @@ def test_resizing_and_hue(B: int, source, size, layout: str, seed: int) -> None:
 
 def test_resizing_every_way() -> None:
     """Enlarged and shrunk in either direction, by both filters, mirrored, nothing else."""
-    boxes = torch.tensor([[0, 0, 40, 37], [3, 1, 9, 36], [39, 36, 1, 1], [11, 0, 12, 5]], dtype=torch.int32).repeat(2, 1)
-    plan = replace(neutral_plan(torch.arange(8)), resized_crop=boxes, bicubic=torch.arange(8) >= 4,
-                   flip=torch.arange(8) % 2 == 1, vflip=torch.arange(8) % 3 == 1)
-    assert_equal((random_images(8, 40, 37), torch.arange(8), plan), (12, 25))
+    boxes = torch.tensor([[0, 0, 40, 37], [3, 1, 9, 36], [39, 36, 1, 1], [11, 0, 12, 5]], dtype=torch.int32)
+    plan = replace(neutral_plan(torch.arange(4)), resized_crop=boxes, flip=torch.arange(4) % 2 == 1,
+                   vflip=torch.arange(4) % 3 == 1)
+    for bicubic in (torch.zeros(4, dtype=torch.bool), torch.ones(4, dtype=torch.bool)):
+        assert_equal((random_images(4, 40, 37), torch.arange(4), replace(plan, bicubic=bicubic)), (12, 25))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -107,10 +107,10 @@ def _call(inputs: Batch, dtype: torch.dtype) -> tuple:
 
 
 @pytest.mark.parametrize("remode", ["pixel", "rand"])
-@pytest.mark.parametrize("size", [(16, 16), (50, 42)])
+@pytest.mark.parametrize("size", [(16, 16), (46, 45)])
 def test_noise(size: tuple[int, int], remode: str) -> None:
     """Equal where nothing is erased, within a few roundings elsewhere."""
-    inputs = batch(3, size, size, seed=3, remode=remode, resizes=False)
+    inputs = batch(2, size, size, seed=3, remode=remode, resizes=False)
     (x, _), (other, _) = ours(inputs, size), expected(inputs, size)
     assert (x - other).abs().max() <= NOISE
     _, _, plan = inputs
@@ -121,7 +121,7 @@ def test_noise(size: tuple[int, int], remode: str) -> None:
 
 def test_noise_near_its_limits() -> None:
     """Many numbers, so that the logarithm sees arguments near 0 and 1, and the angle every quadrant."""
-    H, W = 128, 255
+    H, W = 64, 255
     plan = replace(neutral_plan(torch.tensor([0])), erase=torch.tensor([[[0, 0, H, W]]], dtype=torch.int32),
                    noise_key=torch.tensor([-0x123456789ABCDEF]))
     inputs = torch.zeros((1, 3, H, W), dtype=torch.uint8), torch.zeros(1, dtype=torch.int64), plan
@@ -153,7 +153,7 @@ def test_any_strides(view: str) -> None:
 
 def test_slices_of_an_epoch() -> None:
     """A batch is a slice of a plan, whose pointers are aligned to nothing."""
-    images, labels, plan = batch(7, (12, 12), (12, 12))
+    images, labels, plan = batch(7, (12, 12), (12, 12), resizes=False)
     plan = replace(plan, partner=torch.arange(7) % 2)
     for rows in (slice(1, 3), slice(5, 7)):
         assert_equal((images, labels, plan[rows]), (12, 12))
@@ -170,9 +170,9 @@ def test_no_rows_and_many_classes() -> None:
     assert torch.equal(ops.augment(*call, backend="triton")[1], reference.augment(*call)[1])
 
 
-CLAMPED = [  # field, what is written into the first row, what the kernel takes it for on 12x12 images of 9
-    ("index", -5, 0), ("index", 2**62, 8), ("crop", -(2**31), -12), ("crop", 2**31 - 1, 12), ("jitter", -7, 0),
-    ("jitter", 2**31 - 1, 64 << 16), ("partner", -(2**63), 0), ("partner", 99, 3), ("lam", -1.0, 0.0), ("lam", 7.0, 1.0),
+CLAMPED = [  # field, what is written into the first row, what the kernel takes it for on 5 images of 12x12
+    ("index", -5, 0), ("index", 2**62, 4), ("crop", -(2**31), -12), ("crop", 2**31 - 1, 12), ("jitter", -7, 0),
+    ("jitter", 2**31 - 1, 64 << 16), ("partner", -(2**63), 0), ("partner", 99, 1), ("lam", -1.0, 0.0), ("lam", 7.0, 1.0),
     ("lam", float("nan"), 0.0),
 ]
 
@@ -180,7 +180,7 @@ CLAMPED = [  # field, what is written into the first row, what the kernel takes 
 @pytest.mark.parametrize(("field", "value", "meant"), CLAMPED)
 def test_values_are_clamped(field: str, value: float, meant: float) -> None:
     """No value can make the kernel read outside the images; numbers outside their range count as its nearest end."""
-    images, labels, plan = batch(4, (12, 12), (12, 12), resizes=False, hue=False)
+    images, labels, plan = batch(2, (12, 12), (12, 12), resizes=False, hue=False)
     wrong, right = (getattr(plan, field).clone() for _ in range(2))
     wrong[0], right[0] = value, meant
     x, targets = ours((images, labels, replace(plan, **{field: wrong})), (12, 12))
@@ -188,7 +188,7 @@ def test_values_are_clamped(field: str, value: float, meant: float) -> None:
     assert torch.equal(x, other) and torch.equal(targets, other_targets)
 
 
-@pytest.mark.parametrize("size", [(9, 10), (50, 42)])
+@pytest.mark.parametrize("size", [(9, 10), (46, 45)])
 def test_garbage_is_survived(size: tuple[int, int]) -> None:
     """Any bits in any field: finite pixels in return."""
     images, labels, plan = batch(2, (12, 11), size, seed=1)

@@ -277,3 +277,12 @@ def test_wrong_arguments_are_named():
         make_loader(num_classes=4)
     with pytest.raises(DataError, match="no images"):
         EvalLoader(make_split().subset(torch.arange(0)), MEAN, STD, 5, 8)
+
+
+def test_workers_and_the_device_see_the_same_geometry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A policy that does nothing: resized crops, flips and reflected padding are the plan's, applied once."""
+    monkeypatch.setattr(auto_augment.Policy, "__call__", lambda self, image: image)
+    for recipe in (replace(FULL, rrc=True, interpolation="random", vflip=0.5, hue=0.1), replace(FULL, padding_mode="reflect")):
+        resident, workers = make_loader(recipe), make_loader(recipe, auto_augment="ra")
+        for (x, t), (y, u) in zip(resident.epoch(1), workers.epoch(1), strict=True):
+            assert torch.equal(x, y) and torch.equal(t, u)

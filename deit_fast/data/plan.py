@@ -119,12 +119,12 @@ class Plan:
     | name         | shape           | dtype   | range                                                | neutral        |
     |--------------|-----------------|---------|------------------------------------------------------|----------------|
     | index        | (B,)            | int64   | row of images and labels, [0, M)                     |                |
-    | resized_crop | (B, 4), (0, 4)  | int32   | box (y, x, h, w) of the source, resized to the output; no area: crop | (0, 4) |
+    | resized_crop | (B, 4), (0, 4)  | int32   | source box (y, x, h, w) resized to the output; no area: crop | (0, 4) |
     | bicubic      | (B,)            | bool    | resized by bicubic, not bilinear interpolation       | False          |
     | crop         | (B, 2)          | int32   | source (y, x) of the output's (0, 0): [-H', H], [-W', W] | 0, 0       |
     | flip         | (B,)            | bool    | mirror left-right, after the crop                    | False          |
     | vflip        | (B,)            | bool    | mirror top-bottom, after the crop                    | False          |
-    | jitter_order | (B, J), J 3, 4  | uint8   | permutation of 0 brightness, 1 contrast, 2 saturation, 3 hue | 0, 1, 2 |
+    | jitter_order | (B, J), J 3, 4  | uint8   | permutation: 0 brightness, 1 contrast, 2 saturation, 3 hue | 0, 1, 2  |
     | jitter       | (B, J)          | int32   | by kind, not by order, 16.16: three factors, [0, 64 * 65536] | 65536  |
     |              |                 |         | and the hue's shift in turns, [-32768, 32768]        | 0              |
     | grayscale    | (B,)            | bool    | lose all color, after the jitter                     | False          |

@@ -115,11 +115,12 @@ def _check(images: Tensor, labels: Tensor, plan: Plan, mean: Sequence[float], st
 
 
 def _check_plan(plan: Plan, B: int, device: torch.device) -> None:
-    shapes = {"resized_crop": (len(plan.resized_crop) and B, 4), "jitter_order": (B, 3 + (plan.jitter.shape[-1:] == (4,)))}
-    shapes["jitter"] = shapes["jitter_order"]
+    jitter = (B, 4 if plan.jitter.shape[-1:] == (4,) else 3)
+    shapes = {"resized_crop": (len(plan.resized_crop) and B, 4), "jitter_order": jitter, "jitter": jitter}
     for name, dtype, rest in COLUMNS:
         if name != "erase":
-            _check_tensor("plan." + name, getattr(plan, name), dtype, shapes[name] if rest is None else (B, *rest), device)
+            shape = shapes[name] if rest is None else (B, *rest)
+            _check_tensor("plan." + name, getattr(plan, name), dtype, shape, device)
     erase = plan.erase
     if erase.dim() != 3 or erase.dtype != torch.int32:
         raise TypeError(f"augment: plan.erase must be (B, recount, 4) int32, got {tuple(erase.shape)} {erase.dtype}.")
@@ -186,5 +187,5 @@ def _fake(images: Tensor, labels: Tensor, plan: list[Tensor], remode: str, paddi
 _operator = register(
     "augment",
     "(Tensor images, Tensor labels, Tensor[] plan, str remode, str padding_mode, float[] mean, float[] std, "
-    "SymInt num_classes, SymInt height, SymInt width, float smoothing, ScalarType dtype, bool channels_last, str backend) "
-    "-> (Tensor, Tensor)", _impl, _fake)
+    "SymInt num_classes, SymInt height, SymInt width, float smoothing, ScalarType dtype, bool channels_last, "
+    "str backend) -> (Tensor, Tensor)", _impl, _fake)

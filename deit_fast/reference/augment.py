@@ -95,8 +95,8 @@ def jitter(x: Tensor, order: Tensor, factors: Tensor) -> Tensor:
 def turn_hue(x: Tensor, shift: Tensor) -> Tensor:
     """x (B, H, W, 3) int32 with its hue moved by `shift` (B, 1, 1, 1), 16.16, in [-1/2, 1/2] turns of the color wheel.
 
-    In HSV a channel is V - V S max(0, min(k, 4 - k, 1)) with k = its sector + hue, in sixths, modulo 6. V S is C = max -
-    min, and hue C is a difference of channels plus a multiple of C: in units of C nothing has to be divided.
+    In HSV a channel is V - V S max(0, min(k, 4 - k, 1)) with k = its sector + hue, in sixths, modulo 6. V S is C =
+    max - min, and hue C is a difference of channels plus a multiple of C: in units of C nothing has to be divided.
     """
     red, green, blue = x.unbind(-1)  # (B, H, W)
     top = x.amax(-1)
@@ -144,7 +144,7 @@ def inside_box(box: Tensor, H: int, W: int) -> Tensor:
 
 
 def erase(x: Tensor, boxes: Tensor, noise_key: Tensor, remode: str) -> Tensor:
-    """x (B, H, W, 3) fp32 with its boxes (B, R, 4) filled by noise ("pixel"), one color each ("rand") or 0 ("const")."""
+    """x (B, H, W, 3) fp32, its boxes (B, R, 4) filled by noise ("pixel"), a color each ("rand") or 0 ("const")."""
     H, W = x.shape[1:3]
     if remode == "rand":
         colors = noise(noise_key, 1, boxes.shape[1])  # (B, 1, R, 3)

@@ -3,11 +3,11 @@
 A crop copies pixels. A resized crop is torchvision's `resized_crop` with antialiasing, in integers, so that backends
 agree to the last bit whatever order they sum in. For n source and m output pixels along one side, M = max(n, m), the
 distance of source pixel j from output pixel i is |(2 j + 1) m - (2 i + 1) n| / 2 M in units of the filter, which is
-stretched where the image shrinks. Distances have 16 fractional bits, weights sum to exactly 2^14 (they are the differences of
-their rounded running sums, so flat areas stay flat). Rows come first, and what bicubic weights overshoot is clamped to 0..255
-after each pass, as torchvision's uint8 kernels and Pillow do: at a sharp edge that is worth up to 30 levels. Unlike
-theirs the first pass keeps its 14 fractional bits; the second one rounds once, half up. Hence up to one level of
-difference, two for bicubic.
+stretched where the image shrinks. Distances have 16 fractional bits, weights sum to exactly 2^14 (they are the
+differences of their rounded running sums, so flat areas stay flat). Rows come first, and what bicubic weights overshoot
+is clamped to 0..255 after each pass, as torchvision's uint8 kernels and Pillow do: at a sharp edge that is worth up to
+30 levels. Unlike theirs the first pass keeps its 14 fractional bits; the second one rounds once, half up. Hence up to
+one level of difference, two for bicubic.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _pixels(images: Tensor, rows: Tensor, y: Tensor, x: Tensor) -> Tensor:
 
 
 def resized_crop(images: Tensor, index: Tensor, box: Tensor, bicubic: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    """(B, H, W, 3) uint8: the box (B, 4) of images[index (B,)] resized; output rows y (B, H), output columns x (B, W)."""
+    """(B, H, W, 3) uint8: the box (B, 4) of images[index (B,)] resized; output rows y (B, H) and columns x (B, W)."""
     return torch.cat([_resized_rows(images, *rows) for rows in
                       zip(*(t.split(ROWS_AT_ONCE) for t in (index, box.long(), bicubic, y, x)))])
 
@@ -110,7 +110,8 @@ def weights(start: Tensor, side: Tensor, bicubic: Tensor, place: Tensor, source:
     u = torch.minimum(distance, reach) * ((1 << 46) // twice) >> 30  # 16 fractional bits
     value = torch.where(inside, torch.where(cubic, cubic_filter(u), (1 << 16) - u), 0)
     running = value.cumsum(2)
-    running = (running * ((1 << 46) // running[:, :, -1:]) + (1 << 31)) >> 32  # of a sum of 2^14
+    total = running[:, :, -1:].clamp(min=1)  # 0: a box without area at the source's end, which nobody looks at
+    running = (running * ((1 << 46) // total) + (1 << 31)) >> 32  # of a sum of 2^14
     return running.diff(dim=2, prepend=torch.zeros_like(running[:, :, :1]))
 
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deit_fast.kernels.augment_args import pack
+from deit_fast.kernels.augment_args import pack, workspace
 
 from . import module
 
 
 def why_not(images: Tensor, *_call: object) -> str | None:
     """Why the CUDA kernel cannot serve these images, or None."""
-    if images.device.type != "cuda":
-        return f"the images are on {images.device}"
-    return "the kernel does not know all fields of the plan"
+    return None if images.device.type == "cuda" else f"the images are on {images.device}"
 
 
 def forward(images: Tensor, labels: Tensor, plan: list[Tensor], *settings: object, out: Tensor,
@@ -22,7 +20,8 @@ def forward(images: Tensor, labels: Tensor, plan: list[Tensor], *settings: objec
     """Fills out (B, 3, H', W') and targets (B, K); always True."""
     if out.shape[0]:  # a grid of no blocks is an error
         arguments, _kept = pack(images, labels, plan, *settings, out, targets)
+        space = workspace(module, images, plan, out, out.shape[0])
         with torch.cuda.device(images.device):  # the extension sets the device too; leaving here restores torch's
             stream = torch.cuda.current_stream().cuda_stream
-            module.augment_fwd(*arguments, stream, images.device.index)
+            module.augment_fwd(*arguments, space.data_ptr(), stream, images.device.index)
     return True

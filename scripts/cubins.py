@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -26,9 +26,11 @@ import torch  # noqa: E402
 import triton  # noqa: E402
 from torch import Tensor  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+from triton.compiler import ASTSource, CompiledKernel  # noqa: E402
 
 from deit_fast import ops  # noqa: E402
+from deit_fast.data.plan import neutral_plan  # noqa: E402
+from deit_fast.kernels.triton import augment  # noqa: E402
 from deit_fast.kernels.triton.common import Launch, recording  # noqa: E402
 from deit_fast.models.presets import PRESETS  # noqa: E402
 
@@ -37,6 +39,8 @@ POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf
             torch.int32: "*i32", torch.uint8: "*u8"}
 DTYPES = {"fp32": (torch.float32, torch.float32), "fp16": (torch.float16, torch.float16),
           "bf16": (torch.bfloat16, torch.bfloat16), "bf16mixed": (torch.bfloat16, torch.float32)}
+AUGMENT_OPTIONS = ({}, {"remode": "const", "channels_last": True}, {"remode": "rand", "padding_mode": "reflect"},
+                   {"resizes": True})
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
 
@@ -91,6 +95,22 @@ def launches_of(op: str, call: tuple) -> list[Launch]:
     return found
 
 
+def augment_launches(side: int, dtype: torch.dtype, resizes: bool = False, remode: str = "pixel",
+                     padding_mode: str = "constant", channels_last: bool = False, batch: int = 64) -> list[Launch]:
+    """The launches of one `augment` of square images; with `resizes` they are resized and their hue turns."""
+    plan = neutral_plan(_meta(torch.int64, batch))
+    if resizes:
+        plan = replace(plan, resized_crop=_meta(torch.int32, batch, 4), jitter_order=_meta(torch.uint8, batch, 4),
+                       jitter=_meta(torch.int32, batch, 4))
+    out = _meta(dtype, *((batch, side, side, 3) if channels_last else (batch, 3, side, side)))
+    out = out.permute(0, 3, 1, 2) if channels_last else out
+    with recording() as found:
+        augment.forward(_meta(torch.uint8, batch, 3, side, side), _meta(torch.int64, batch),
+                        list(plan.tensors().values()), remode, padding_mode, [0.5] * 3, [0.25] * 3, 10, side, side, 0.1,
+                        dtype, channels_last, out=out, targets=_meta(torch.float32, batch, 10))
+    return found
+
+
 def native_op(op: str) -> ModuleType:
     """The op's NativeOp."""
     return sys.modules[getattr(ops, op).__module__].NATIVE
@@ -101,12 +121,15 @@ def matrix(presets: list[str], names: list[str], dtypes: list[str]) -> Iterator[
     seen = set()
     for preset in presets:
         for dtype in dtypes:
-            for op, call in block_calls(preset, dtype).items():
-                if op in names and "triton" in native_op(op).op.offers:
-                    for launch in launches_of(op, call):
-                        if specialisation(launch) not in seen:
-                            seen.add(specialisation(launch))
-                            yield preset, dtype, launch
+            found = [launch for op, call in block_calls(preset, dtype).items() if op in names
+                     for launch in launches_of(op, call)]
+            if "augment" in names:
+                for options in AUGMENT_OPTIONS:
+                    found += augment_launches(PRESETS[preset]["img_size"], DTYPES[dtype][0], **options)
+            for launch in found:
+                if specialisation(launch) not in seen:
+                    seen.add(specialisation(launch))
+                    yield preset, dtype, launch
 
 
 def specialisation(launch: Launch) -> tuple:
@@ -124,7 +147,13 @@ def _kind(launch: Launch, name: str, value: object) -> str:
 
 
 def compile_launch(launch: Launch, arch: int) -> Usage:
-    """Compiles the kernel of a launch for sm_<arch>, as Triton's run time would specialise it for aligned tensors."""
+    """What the kernel of a launch needs on sm_<arch>."""
+    compiled = compiled_kernel(launch, arch)
+    return _usage(compiled.asm["cubin"], compiled.metadata.shared)
+
+
+def compiled_kernel(launch: Launch, arch: int) -> CompiledKernel:
+    """The kernel of a launch compiled for sm_<arch>, as Triton's run time would specialise it for aligned tensors."""
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
@@ -133,12 +162,12 @@ def compile_launch(launch: Launch, arch: int) -> Usage:
             signature[parameter.name], constants[parameter.name] = "constexpr", value
             continue
         signature[parameter.name] = kind
-        if kind.startswith("*") or kind == "i32" and not parameter.do_not_specialize and value % 16 == 0:
+        aligned = not parameter.do_not_specialize_on_alignment
+        if kind.startswith("*") and aligned or kind == "i32" and not parameter.do_not_specialize and value % 16 == 0:
             attributes[(i,)] = [["tt.divisibility", 16]]
     options = {name: launch.arguments[name] for name in OPTIONS if name in launch.arguments}
-    compiled = triton.compile(ASTSource(launch.kernel, signature, constants, attributes),
-                              target=GPUTarget("cuda", arch, 32), options=options)
-    return _usage(compiled.asm["cubin"], compiled.metadata.shared)
+    return triton.compile(ASTSource(launch.kernel, signature, constants, attributes),
+                          target=GPUTarget("cuda", arch, 32), options=options)
 
 
 def _usage(cubin: bytes, shared: int) -> Usage:

@@ -251,9 +251,10 @@ AUGMENT = [
     for name, make, flags in (
         ("1of1x1", lambda m: _augment(m, 1, (1, 1), (1, 1)), {}),
         ("7of33x17", lambda m: _augment(m, 7, (33, 17), (33, 17), channels_last=True), {}),
-        ("64of32x32", lambda m: _augment(m, 64, (32, 32), (32, 32)), {"compiled": True}),
+        ("64of32x32", lambda m: _augment(m, 64, (32, 32), (32, 32)),
+         {"compiled": True, "slow_interpreted": True}),
         ("9of28x40to31x24", lambda m: _augment(m, 9, (28, 40), (31, 24), layout="hwc"), {}),
-        ("2of224x224", lambda m: _augment(m, 2, (224, 224), (224, 224)), {}),
+        ("2of224x224", lambda m: _augment(m, 2, (224, 224), (224, 224)), {"slow_interpreted": True}),
         ("empty", lambda m: _augment(m, 0, (32, 32), (32, 32)), {}),
     )
 ]

@@ -22,7 +22,7 @@ from deit_fast.ops.augment import OP
 from deit_fast.ops.augment_values import check_values
 from needs import skip_or_fail
 
-NATIVE = [backend for backend in ("cpu", "cuda") if backend in OP.offers]
+NATIVE = [backend for backend in ("cpu", "cuda", "triton") if backend in OP.offers]
 NOISE = 2e-6  # |native - reference| of one N(0, 1) number: some roundings of 5.8, the largest there is
 
 GRID = [  # B, source, output, layout, recount
@@ -51,7 +51,7 @@ def native(request) -> str:
 
 
 def on(backend: str, images: Tensor, labels: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Plan]:
-    device = "cuda" if backend == "cuda" else "cpu"
+    device = "cuda" if backend in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
     return images.to(device), labels.to(device), plan.to(device)
 
 
@@ -359,8 +359,11 @@ def test_calls_are_refused(change: dict, error: type[Exception], text: str) -> N
 
 def test_backends_by_name() -> None:
     inputs = batch(2, (8, 8), (8, 8), "chw", 1)
-    with pytest.raises(BackendError, match="augment: backend 'triton' is not offered"):
-        ops.augment(*inputs, MEAN, STD, 10, backend="triton")
+    with pytest.raises(BackendError, match="augment: there is no backend 'metal'"):
+        ops.augment(*inputs, MEAN, STD, 10, backend="metal")
+    if OP.why_not_here("triton"):
+        with pytest.raises(BackendError, match="augment: backend 'triton' cannot serve this call"):
+            ops.augment(*inputs, MEAN, STD, 10, backend="triton")
     if not torch.cuda.is_available():
         with pytest.raises(BackendError, match="no CUDA GPU is available"):
             ops.augment(*inputs, MEAN, STD, 10, backend="cuda")

@@ -6,6 +6,7 @@ this file keeps one size per kernel and architecture, the report's size in every
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -19,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 import cubins  # noqa: E402
 
 from deit_fast.backend import KernelError  # noqa: E402
-from deit_fast.kernels.triton import (INTERPRETED, attention, attention_kernels, common,  # noqa: E402
-                                      distillation_loss, layernorm_mlp, linear, linear_kernels, mlp_kernels, reduction,
-                                      rowwise)
+from deit_fast.kernels.triton import (INTERPRETED, attention, attention_kernels, augment,  # noqa: E402
+                                      augment_geometry, augment_kernels, common, distillation_loss, layernorm_mlp,
+                                      linear, linear_kernels, mlp_kernels, reduction, rowwise)
 from deit_fast.kernels.triton.common import Launch, cdiv  # noqa: E402
 from triton.runtime.errors import OutOfResources  # noqa: E402
 
@@ -30,7 +31,7 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1: this pr
 NANO = "deit_nano_distilled_patch4_32"
 TINY, SMALL = "deit_tiny_distilled_patch16_224", "deit_small_distilled_patch16_224"
 ALL_OPS = ["layernorm_linear", "attention", "linear_residual", "layernorm_mlp", "distillation_loss"]
-KERNEL_MODULES = (attention_kernels, linear_kernels, mlp_kernels, rowwise, reduction, distillation_loss)
+KERNEL_MODULES = (attention_kernels, augment_geometry, augment_kernels, linear_kernels, mlp_kernels, rowwise, reduction, distillation_loss)
 
 
 def launches(preset: str, dtype: str, names: list[str] = ALL_OPS) -> list[Launch]:
@@ -45,6 +46,12 @@ def launches(preset: str, dtype: str, names: list[str] = ALL_OPS) -> list[Launch
 def large_loss_launches() -> list[Launch]:
     """The loss at ImageNet's batch, where its parts are added up by a second launch."""
     return cubins.launches_of("distillation_loss", cubins.block_calls(TINY, "bf16", batch=1024)["distillation_loss"])
+
+
+def augmentation_launches() -> list[Launch]:
+    """Every kernel of `augment`: plain ones at 224 pixels, where three launches share the work, and the weights'."""
+    plain = cubins.augment_launches(224, torch.bfloat16, remode="const")
+    return [*plain, cubins.augment_launches(32, torch.bfloat16, resizes=True)[0]]
 
 
 def check(launch: Launch, arch: int, most_stack: float) -> None:
@@ -74,7 +81,7 @@ def test_report_size_on_hopper(dtype: str) -> None:
 def test_every_kernel_on_other_chips(arch: int) -> None:
     """One specialisation of every kernel, bf16; 16-bit forward kernels do not spill."""
     seen = {}
-    for launch in [*launches(NANO, "bf16"), *launches(SMALL, "bf16"), *large_loss_launches()]:
+    for launch in [*launches(NANO, "bf16"), *launches(SMALL, "bf16"), *large_loss_launches(), *augmentation_launches()]:
         seen.setdefault(launch.kernel.__name__, launch)
     for launch in seen.values():
         check(launch, arch, forward_spills_nothing(launch))
@@ -102,11 +109,35 @@ def test_attention_dropout_on_hopper() -> None:
         check(launch, 90, forward_spills_nothing(launch))
 
 
+def test_augment_at_the_reports_size_on_hopper() -> None:
+    """At 32 pixels one launch does all, spills nothing, and two programs and more fit a multiprocessor's registers."""
+    launch, = cubins.augment_launches(32, torch.bfloat16)
+    check(launch, 90, 0)
+    assert cubins.compile_launch(launch, 90).registers * 32 * launch.arguments["num_warps"] <= 65536 / 2
+
+
+def test_augment_resizing_on_hopper() -> None:
+    """Everything at once at 224 pixels: weights, means, pixels."""
+    found = cubins.augment_launches(224, torch.bfloat16, resizes=True)
+    assert len(found) == 3
+    for launch in found:
+        check(launch, 90, 0)
+
+
+def test_augment_is_rounded_as_written() -> None:
+    """No product is left for ptxas to fuse with a sum, and both outputs of 16 bits round to nearest."""
+    launch, = cubins.augment_launches(32, torch.bfloat16)
+    assembly = cubins.compiled_kernel(launch, 90).asm["ptx"]
+    assert set(re.findall(r"\b(?:mul|add|sub|fma|sqrt)\.[a-z.]*f32\b", assembly)) <= {
+        f"{name}.rn.f32" for name in ("mul", "add", "sub", "fma", "sqrt")}
+    assert "fma.rn.f32" in assembly and "cvt.rn.bf16" in assembly
+
+
 def test_no_kernel_is_left_out() -> None:
     """The launches compiled above are of all kernels that exist."""
     existing = {name for module in KERNEL_MODULES for name in vars(module) if name.endswith("_kernel")}
     compiled = {launch.kernel.__name__ for launch in [*launches(NANO, "bf16"), *launches(SMALL, "bf16"),
-                                                      *large_loss_launches()]}
+                                                      *large_loss_launches(), *augmentation_launches()]}
     assert existing == compiled
 
 
@@ -176,3 +207,25 @@ def test_attention_tiles(D: int) -> None:
         assert shape.FULL + shape.TAIL == keys
     assert attention.backward_shape(66, 8, 2) is not None and attention.backward_shape(66, 8, 4) is not None
     assert attention.backward_shape(1025, 64, 2) is None
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 33), (28, 28), (32, 32), (33, 17), (45, 45), (46, 45), (64, 64),
+                                               (96, 96), (224, 224), (3, 1100), (384, 384), (1, 32768), (32768, 32768)])
+def test_augment_tiles(height: int, width: int) -> None:
+    """A program holds an image that fits its registers; of larger ones the sums are shared by no more than have tiles."""
+    BLOCK, SPLITS, num_warps = augment.tiles(height, width)
+    area = height * width
+    assert BLOCK & (BLOCK - 1) == 0 and BLOCK <= 2048 and num_warps in (1, 2, 4, 8, 16)
+    assert BLOCK <= 4 * 32 * num_warps
+    if SPLITS == 0:
+        assert BLOCK >= area and BLOCK < 2 * max(area, 32)
+    else:
+        assert area > 2048 and SPLITS & (SPLITS - 1) == 0 and SPLITS < 2 * cdiv(area, BLOCK) and SPLITS <= 16
+    assert (SPLITS == 0) == (area <= 2048)
+
+
+def test_augment_taps() -> None:
+    """Bicubic interpolation sees four source pixels along a side, and more where the source is larger than the output."""
+    assert augment.taps((32, 32), 32, 32) == augment.taps((8, 20), 32, 32) == 4
+    assert augment.taps((500, 375), 224, 224) == 9 and augment.taps((375, 500), 224, 224) == 9
+    assert augment.taps((5, 7), 1, 1) == 28

@@ -30,22 +30,40 @@ def gray(r, g, b):
 
 
 @triton.jit
-def load_color(order_ptr, jitter_ptr, row, step: tl.constexpr, J: tl.constexpr):
-    """(kind, factor) of a row's color operation, int32 scalars; order: (B, J) uint8, jitter: (B, J) int32."""
-    kind = tl.minimum(tl.load(order_ptr + J * row + step).to(tl.int32), J - 1)
-    factor = tl.load(jitter_ptr + J * row + kind)
-    return kind, tl.where(kind == HUE, clamp(factor, -MAX_SHIFT, MAX_SHIFT), clamp(factor, 0, MAX_FACTOR))
+def load_factors(jitter_ptr, row, J: tl.constexpr):
+    """(brightness, contrast, saturation, hue) of a row, int32 scalars within their ranges; jitter: (B, J) int32."""
+    jitter_ptr += J * row
+    brightness = clamp(tl.load(jitter_ptr + BRIGHTNESS), 0, MAX_FACTOR)
+    contrast = clamp(tl.load(jitter_ptr + CONTRAST), 0, MAX_FACTOR)
+    saturation = clamp(tl.load(jitter_ptr + SATURATION), 0, MAX_FACTOR)
+    hue = contrast * 0
+    if J == 4:
+        hue = clamp(tl.load(jitter_ptr + HUE), -MAX_SHIFT, MAX_SHIFT)
+    return brightness, contrast, saturation, hue
 
 
 @triton.jit
-def jitters(jitter_ptr, row, J: tl.constexpr):
-    """(whether any color operation of the row changes anything, whether contrast does)."""
-    contrast = tl.load(jitter_ptr + J * row + CONTRAST) != ONE
-    changes = (contrast | (tl.load(jitter_ptr + J * row + BRIGHTNESS) != ONE)
-               | (tl.load(jitter_ptr + J * row + SATURATION) != ONE))
+def load_order(order_ptr, row, J: tl.constexpr):
+    """A row's color operations in one int32 scalar, a byte each, the first one lowest; order: (B, J) uint8."""
+    order_ptr += J * row
+    order = (tl.load(order_ptr).to(tl.int32) | (tl.load(order_ptr + 1).to(tl.int32) << 8)
+             | (tl.load(order_ptr + 2).to(tl.int32) << 16))
     if J == 4:
-        changes = changes | (tl.load(jitter_ptr + J * row + HUE) != 0)
-    return changes, contrast
+        order = order | (tl.load(order_ptr + 3).to(tl.int32) << 24)
+    return order
+
+
+@triton.jit
+def color_at(order, step, J: tl.constexpr):
+    """The kind of a row's color operation number `step`."""
+    return tl.minimum((order >> (8 * step)) & 255, J - 1)
+
+
+@triton.jit
+def changes(factors):
+    """Whether any color operation of a row changes anything."""
+    brightness, contrast, saturation, hue = factors
+    return (brightness != ONE) | (contrast != ONE) | (saturation != ONE) | (hue != 0)
 
 
 @triton.jit
@@ -84,18 +102,21 @@ def turn_hue(r, g, b, shift):
 
 
 @triton.jit
-def color(r, g, b, kind, factor, contrast, J: tl.constexpr):
-    """(r, g, b) after one color operation; contrast: the addend, should it be that one. J is 4 where hues may turn."""
+def color(r, g, b, kind, factors, contrast_addend, J: tl.constexpr):
+    """(r, g, b) after the color operation of that kind. J is 4 where hues may turn."""
+    brightness, contrast, saturation, hue = factors
     if J == 4 and kind == HUE:
-        if factor != 0:
-            r, g, b = turn_hue(r, g, b, factor)
-    elif factor != ONE:
-        base = tl.zeros_like(r)
-        if kind == CONTRAST:
-            base += contrast
-        if kind == SATURATION:
-            base = gray(r, g, b) * (ONE - factor)
-        r, g, b = blend(r, factor, base), blend(g, factor, base), blend(b, factor, base)
+        if hue != 0:
+            r, g, b = turn_hue(r, g, b, hue)
+    else:
+        factor = tl.where(kind == BRIGHTNESS, brightness, tl.where(kind == CONTRAST, contrast, saturation))
+        if factor != ONE:
+            base = tl.zeros_like(r)
+            if kind == CONTRAST:
+                base += contrast_addend
+            if kind == SATURATION:
+                base = gray(r, g, b) * (ONE - factor)
+            r, g, b = blend(r, factor, base), blend(g, factor, base), blend(b, factor, base)
     return r, g, b
 
 

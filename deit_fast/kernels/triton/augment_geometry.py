@@ -53,7 +53,7 @@ def filter_value(j, place, n, m, bicubic):
     return tl.where((j < n) & (distance < reach), value, 0)
 
 
-@triton.jit(do_not_specialize=["source_h", "source_w"])
+@triton.jit(do_not_specialize=["source_h", "source_w"], do_not_specialize_on_alignment=["box_ptr", "bicubic_ptr"])
 def augment_weights_kernel(box_ptr, bicubic_ptr, first_ptr, weights_ptr, source_h, source_w, H: tl.constexpr,
                            W: tl.constexpr, TAPS: tl.constexpr, BLOCK: tl.constexpr):
     """first (B, H' + W') int32: the first source place of every output row and column; weights (B, TAPS, H' + W') int32.

@@ -14,8 +14,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .augment_color import CONTRAST, color, contrast_base, gray, jitters, load_color, mix, noise
+from .augment_color import (CONTRAST, ONE, changes, color, color_at, contrast_base, gray, load_factors, load_order, mix,
+                            noise)
 from .augment_geometry import clamp, source_pixels
+
+# A batch's plan is a slice of an epoch's: were its pointers specialised on their alignment, steps would compile anew.
+SLICED = ["images_ptr", "labels_ptr", "index_ptr", "box_ptr", "bicubic_ptr", "crop_ptr", "flip_ptr", "vflip_ptr",
+          "order_ptr", "jitter_ptr", "grayscale_ptr", "erase_ptr", "key_ptr", "partner_ptr", "lam_ptr", "cut_ptr"]
 
 
 @triton.jit
@@ -34,19 +39,20 @@ def reaches(box_ptr, first_y, last_y, H: tl.constexpr):
 
 
 @triton.jit
-def jittered(r, g, b, colors, row, inside, AREA: tl.constexpr, J: tl.constexpr, SPLITS: tl.constexpr):
+def jittered(r, g, b, factors, colors, row, inside, AREA: tl.constexpr, J: tl.constexpr, SPLITS: tl.constexpr):
     """(r, g, b) after the row's color operations in its order; inside: which of the tile's pixels the image has."""
-    order_ptr, jitter_ptr, _, sums_ptr = colors
-    for step in tl.static_range(J):
-        kind, factor = load_color(order_ptr, jitter_ptr, row, step, J)
-        addend = factor * 0
-        if kind == CONTRAST:
+    order_ptr, _, _, sums_ptr = colors
+    order = load_order(order_ptr, row, J)
+    for step in range(J):  # a loop: unrolled, eight copies of all operations cost more in instructions than they save
+        kind = color_at(order, step, J)
+        addend = kind * 0
+        if (kind == CONTRAST) & (factors[1] != ONE):
             if SPLITS == 0:
                 total = tl.sum(tl.where(inside, gray(r, g, b), 0)).to(tl.int64)
             else:
                 total = tl.sum(tl.load(sums_ptr + row * SPLITS + tl.arange(0, SPLITS)))
-            addend = contrast_base(total, factor, AREA)
-        r, g, b = color(r, g, b, kind, factor, addend, J)
+            addend = contrast_base(total, factors[1], AREA)
+        r, g, b = color(r, g, b, kind, factors, addend, J)
     return r, g, b
 
 
@@ -77,11 +83,11 @@ def erased(r, g, b, boxes, row, tile, R: tl.constexpr, H: tl.constexpr, BLOCK: t
 
 
 @triton.jit
-def finished(r, g, b, changes, colors, boxes, affine, row, tile, AREA: tl.constexpr, H: tl.constexpr, J: tl.constexpr,
+def finished(r, g, b, factors, colors, boxes, affine, row, tile, AREA: tl.constexpr, H: tl.constexpr, J: tl.constexpr,
              R: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, REMODE: tl.constexpr):
-    """(r, g, b) fp32 (BLOCK,) of a row's source pixels, all done but mixing; changes: whether it has color to apply."""
-    if changes:
-        r, g, b = jittered(r, g, b, colors, row, tile[5], AREA, J, SPLITS)
+    """(r, g, b) fp32 (BLOCK,) of a row's source pixels, all done but mixing."""
+    if changes(factors):
+        r, g, b = jittered(r, g, b, factors, colors, row, tile[5], AREA, J, SPLITS)
     if tl.load(colors[2] + row) != 0:
         r = gray(r, g, b)
         g, b = r, r
@@ -104,7 +110,8 @@ def mixed_targets(labels_ptr, index_ptr, targets_ptr, row, partner, lam, M, on, 
         tl.store(targets_ptr + row * K + k, target, mask=k < K)
 
 
-@triton.jit(do_not_specialize=["M", "stride_c", "stride_y", "stride_x", "source_h", "source_w"])
+@triton.jit(do_not_specialize=["M", "stride_m", "stride_c", "stride_y", "stride_x", "source_h", "source_w"],
+            do_not_specialize_on_alignment=SLICED)
 def augment_gray_kernel(images_ptr, index_ptr, box_ptr, bicubic_ptr, first_ptr, weights_ptr, crop_ptr, flip_ptr,
                         vflip_ptr, order_ptr, jitter_ptr, sums_ptr, M, stride_m, stride_c, stride_y, stride_x, source_h,
                         source_w, H: tl.constexpr, W: tl.constexpr, J: tl.constexpr, BLOCK: tl.constexpr,
@@ -117,24 +124,26 @@ def augment_gray_kernel(images_ptr, index_ptr, box_ptr, bicubic_ptr, first_ptr, 
     source = (images_ptr, M, stride_m, stride_c, stride_y, stride_x, source_h, source_w)
     window, resize = (index_ptr, crop_ptr, flip_ptr, vflip_ptr), (box_ptr, bicubic_ptr, first_ptr, weights_ptr)
     row, split = (tl.program_id(0) // SPLITS).to(tl.int64), tl.program_id(0) % SPLITS
-    _, contrast = jitters(jitter_ptr, row, J)
-    if contrast:
+    factors = load_factors(jitter_ptr, row, J)
+    if factors[1] != ONE:
+        order = load_order(order_ptr, row, J)
         total = tl.zeros((BLOCK,), tl.int64)
         for number in range(split, TILES, SPLITS):
             p = number * BLOCK + tl.arange(0, BLOCK)
             inside = p < H * W
             r, g, b = source_pixels(source, window, resize, row, p // W, p % W, inside, H, W, BLOCK, TAPS, REFLECT, WIDE)
             before = True
-            for step in tl.static_range(J):
-                kind, factor = load_color(order_ptr, jitter_ptr, row, step, J)
+            for step in range(J):
+                kind = color_at(order, step, J)
                 before = before & (kind != CONTRAST)
                 if before:
-                    r, g, b = color(r, g, b, kind, factor, 0, J)
+                    r, g, b = color(r, g, b, kind, factors, 0, J)
             total += tl.where(inside, gray(r, g, b), 0)
         tl.store(sums_ptr + row * SPLITS + split, tl.sum(total))
 
 
-@triton.jit(do_not_specialize=["M", "B", "stride_c", "stride_y", "stride_x", "source_h", "source_w"])
+@triton.jit(do_not_specialize=["M", "B", "stride_m", "stride_c", "stride_y", "stride_x", "source_h", "source_w"],
+            do_not_specialize_on_alignment=SLICED)
 def augment_fwd_kernel(images_ptr, labels_ptr, index_ptr, box_ptr, bicubic_ptr, first_ptr, weights_ptr, crop_ptr,
                        flip_ptr, vflip_ptr, order_ptr, jitter_ptr, grayscale_ptr, erase_ptr, key_ptr, partner_ptr,
                        lam_ptr, cut_ptr, sums_ptr, out_ptr, targets_ptr, M, B, stride_m, stride_c, stride_y, stride_x,
@@ -160,23 +169,22 @@ def augment_fwd_kernel(images_ptr, labels_ptr, index_ptr, box_ptr, bicubic_ptr, 
     cut_ptr += 4 * row
     cuts = (tl.load(cut_ptr + 2) > 0) & (tl.load(cut_ptr + 3) > 0)
     mixes = cuts | (lam != 1.0)
-    own_changes, own_contrast = jitters(jitter_ptr, row, J)
-    other_changes, other_contrast = jitters(jitter_ptr, partner, J)
+    factors, other_factors = load_factors(jitter_ptr, row, J), load_factors(jitter_ptr, partner, J)
     cut = tl.zeros((BLOCK,), tl.int1)
     if cuts:
         cut = in_box(cut_ptr, y, x)
     own_wanted, other_wanted = ~cut, cut | ~cuts
     if SPLITS == 0:  # a mean is of all pixels
-        own_wanted, other_wanted = own_wanted | own_contrast, other_wanted | other_contrast
+        own_wanted, other_wanted = own_wanted | (factors[1] != ONE), other_wanted | (other_factors[1] != ONE)
     # both images are on their way before either is worked on
     r, g, b = source_pixels(source, window, resize, row, y, x, inside & own_wanted, H, W, BLOCK, TAPS, REFLECT, WIDE)
     other_r, other_g, other_b = tl.zeros_like(r), tl.zeros_like(g), tl.zeros_like(b)
     if mixes:
         other_r, other_g, other_b = source_pixels(source, window, resize, partner, y, x, inside & other_wanted, H, W,
                                                   BLOCK, TAPS, REFLECT, WIDE)
-    r, g, b = finished(r, g, b, own_changes, colors, boxes, affine, row, tile, H * W, H, J, R, BLOCK, SPLITS, REMODE)
+    r, g, b = finished(r, g, b, factors, colors, boxes, affine, row, tile, H * W, H, J, R, BLOCK, SPLITS, REMODE)
     if mixes:
-        red, green, blue = finished(other_r, other_g, other_b, other_changes, colors, boxes, affine, partner, tile,
+        red, green, blue = finished(other_r, other_g, other_b, other_factors, colors, boxes, affine, partner, tile,
                                     H * W, H, J, R, BLOCK, SPLITS, REMODE)
         if cuts:
             r, g, b = tl.where(cut, red, r), tl.where(cut, green, g), tl.where(cut, blue, b)

@@ -1,0 +1,221 @@
+"""The Triton kernels of `augment` against the reference, on a GPU or, started by test_triton_interpreted.py, on a CPU.
+
+Small batches, every path: whole images and split ones, each transform, values out of range. Everything but noise is
+equal to the last bit. In the interpreter `tl.fma` rounds twice, on a GPU once; here it rounds as on a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy
+import pytest
+import torch
+from torch import Tensor
+
+from augment_plans import MEAN, STD, random_images, random_plan
+from deit_fast import ops, reference
+from deit_fast.data.augmentation import Plan, neutral_plan
+from deit_fast.kernels.triton import INTERPRETED
+from deit_fast.ops.augment import OP
+from needs import skip_or_fail
+
+DEVICE = "cpu" if INTERPRETED else "cuda"
+NOISE = 2e-6  # |native - reference| of one N(0, 1) number: some roundings of 5.8, the largest there is
+Batch = tuple[Tensor, Tensor, Plan]
+
+
+@pytest.fixture(autouse=True)
+def _triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    if OP.why_not_here("triton"):
+        skip_or_fail("triton", OP.why_not_here("triton"))
+    if INTERPRETED:
+        from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+        def rounded_once(builder: InterpreterBuilder, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
+            exact = x.data.astype(numpy.float64) * y.data.astype(numpy.float64) + z.data
+            return TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
+
+        monkeypatch.setattr(InterpreterBuilder, "create_fma", rounded_once)
+
+
+def batch(B: int, source: tuple[int, int], size: tuple[int, int], layout: str = "chw", seed: int = 0,
+          **options: object) -> Batch:
+    M = 2 * B + 1
+    return random_images(M, *source, layout), torch.arange(M) % 10, random_plan(B, M, source, size, seed=seed, **options)
+
+
+def ours(inputs: Batch, size: tuple[int, int], **settings: object) -> tuple[Tensor, Tensor]:
+    images, labels, plan = inputs
+    settings = {"smoothing": 0.1, **settings}
+    outputs = ops.augment(images.to(DEVICE), labels.to(DEVICE), plan.to(DEVICE), MEAN, STD, 10, size, **settings,
+                          backend="triton")
+    return tuple(t.cpu() for t in outputs)
+
+
+def expected(inputs: Batch, size: tuple[int, int], **settings: object) -> tuple[Tensor, Tensor]:
+    return reference.augment(*inputs, MEAN, STD, 10, size, **{"smoothing": 0.1, **settings})
+
+
+def assert_equal(inputs: Batch, size: tuple[int, int], **settings: object) -> None:
+    (x, targets), (other_x, other_targets) = ours(inputs, size, **settings), expected(inputs, size, **settings)
+    assert torch.equal(x, other_x) and torch.equal(targets, other_targets)
+
+
+@pytest.mark.parametrize(("B", "source", "size", "layout", "seed"), [
+    (1, (1, 1), (1, 1), "chw", 0), (6, (16, 16), (16, 16), "chw", 0), (4, (28, 40), (32, 24), "hwc", 1),
+    (2, (50, 40), (64, 33), "chw", 0), (2, (50, 40), (64, 33), "hwc", 1), (2, (5, 700), (3, 700), "hwc", 2),
+])
+def test_crops_colors_boxes_mixing(B: int, source, size, layout: str, seed: int) -> None:
+    """Without resizing and hue, whose rows are other kernels. The last sizes are split into tiles."""
+    assert_equal(batch(B, source, size, layout, seed, resizes=False, hue=False), size, channels_last=seed == 1)
+
+
+@pytest.mark.parametrize(("B", "source", "size", "layout", "seed"), [
+    (1, (1, 1), (1, 1), "chw", 0), (6, (16, 16), (16, 16), "chw", 1), (3, (28, 40), (32, 24), "hwc", 2),
+    (2, (52, 47), (46, 45), "chw", 3), (2, (7, 90), (3, 20), "hwc", 4),
+])
+def test_resizing_and_hue(B: int, source, size, layout: str, seed: int) -> None:
+    assert_equal(batch(B, source, size, layout, seed), size)
+
+
+def test_resizing_every_way() -> None:
+    """Enlarged and shrunk in either direction, by both filters, mirrored, nothing else."""
+    boxes = torch.tensor([[0, 0, 40, 37], [3, 1, 9, 36], [39, 36, 1, 1], [11, 0, 12, 5]], dtype=torch.int32)
+    plan = replace(neutral_plan(torch.arange(4)), resized_crop=boxes, flip=torch.arange(4) % 2 == 1,
+                   vflip=torch.arange(4) % 3 == 1)
+    for bicubic in (torch.zeros(4, dtype=torch.bool), torch.ones(4, dtype=torch.bool)):
+        assert_equal((random_images(4, 40, 37), torch.arange(4), replace(plan, bicubic=bicubic)), (12, 25))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_dtypes_and_memory_formats(dtype: torch.dtype) -> None:
+    inputs = batch(3, (16, 16), (16, 15), resizes=False)
+    if INTERPRETED and dtype == torch.bfloat16:
+        assert "interpreter" in OP.why_not("triton", *_call(inputs, dtype))
+        return
+    for channels_last in (False, True):
+        x, _ = ours(inputs, (16, 15), dtype=dtype, channels_last=channels_last)
+        other, _ = expected(inputs, (16, 15), dtype=dtype, channels_last=channels_last)
+        assert x.dtype == dtype and x.stride() == other.stride() and torch.equal(x, other)
+
+
+def _call(inputs: Batch, dtype: torch.dtype) -> tuple:
+    images, labels, plan = inputs
+    return (images, labels, list(plan.tensors().values()), plan.remode, plan.padding_mode, MEAN, STD, 10, 16, 15, 0.0,
+            dtype, False)
+
+
+@pytest.mark.parametrize("remode", ["pixel", "rand"])
+@pytest.mark.parametrize("size", [(16, 16), (46, 45)])
+def test_noise(size: tuple[int, int], remode: str) -> None:
+    """Equal where nothing is erased, within a few roundings elsewhere."""
+    inputs = batch(2, size, size, seed=3, remode=remode, resizes=False)
+    (x, _), (other, _) = ours(inputs, size), expected(inputs, size)
+    assert (x - other).abs().max() <= NOISE
+    _, _, plan = inputs
+    without = replace(plan, erase=plan.erase * 0)
+    changed = expected((inputs[0], inputs[1], without), size)[0] != other
+    assert changed.any() and torch.equal(x[~changed], other[~changed])
+
+
+def test_noise_near_its_limits() -> None:
+    """Many numbers, so that the logarithm sees arguments near 0 and 1, and the angle every quadrant."""
+    H, W = 64, 255
+    plan = replace(neutral_plan(torch.tensor([0])), erase=torch.tensor([[[0, 0, H, W]]], dtype=torch.int32),
+                   noise_key=torch.tensor([-0x123456789ABCDEF]))
+    inputs = torch.zeros((1, 3, H, W), dtype=torch.uint8), torch.zeros(1, dtype=torch.int64), plan
+    x, other = ours(inputs, (H, W))[0], expected(inputs, (H, W))[0].double()
+    assert other.abs().max() > 4 and other.abs().min() < 1e-4
+    assert ((x - other).abs() <= 3e-7 * other.abs() + 3e-8).all()
+
+
+def test_half_precision_extremes() -> None:
+    """std from 1e-7 to 1e4 sends pixels through float16's subnormals, its largest numbers and infinity."""
+    images = torch.arange(256, dtype=torch.uint8).repeat(2, 3, 1, 1).reshape(2, 3, 16, 16).to(DEVICE)
+    labels, plan = torch.zeros(2, dtype=torch.int64, device=DEVICE), neutral_plan(torch.arange(2, device=DEVICE))
+    for std in ((1e-7, 1e-4, 1.53e-5), (1e4, 3e3, 2e7)):
+        call = images, labels, plan, (0.5, 0.1, 0.0), std, 1
+        assert torch.equal(ops.augment(*call, dtype=torch.float16, backend="triton")[0],
+                           reference.augment(*call, dtype=torch.float16)[0])
+
+
+@pytest.mark.parametrize("view", ["channels_last", "cropped", "strided", "transposed"])
+def test_any_strides(view: str) -> None:
+    base = random_images(3, 24, 24)
+    images = {"channels_last": base.contiguous(memory_format=torch.channels_last), "cropped": base[:, :, 3:19, 2:18],
+              "strided": base[:, :, ::2, 1::3], "transposed": base.transpose(2, 3)}[view]
+    plan = random_plan(2, 3, tuple(images.shape[2:]), (10, 11), seed=1, resizes=False)
+    for source in (images, images.permute(0, 2, 3, 1)):
+        x, _ = ours((source, torch.arange(3), plan), (10, 11))
+        assert torch.equal(x, expected((images.contiguous(), torch.arange(3), plan), (10, 11))[0])
+
+
+def test_slices_of_an_epoch() -> None:
+    """A batch is a slice of a plan, whose pointers are aligned to nothing."""
+    images, labels, plan = batch(7, (12, 12), (12, 12), resizes=False)
+    plan = replace(plan, partner=torch.arange(7) % 2)
+    for rows in (slice(1, 3), slice(5, 7)):
+        assert_equal((images, labels, plan[rows]), (12, 12))
+
+
+def test_no_rows_and_many_classes() -> None:
+    images, labels = random_images(3, 8, 8).to(DEVICE), torch.tensor([0, 2999, 1500], device=DEVICE)
+    x, targets = ops.augment(images, labels, neutral_plan(torch.zeros(0, dtype=torch.int64, device=DEVICE)), MEAN, STD,
+                             3000, backend="triton")
+    assert x.shape == (0, 3, 8, 8) and targets.shape == (0, 3000)
+    plan = replace(neutral_plan(torch.arange(3, device=DEVICE)), partner=torch.tensor([1, 2, 0], device=DEVICE),
+                   lam=torch.tensor([0.25, 1.0, 0.7], device=DEVICE))
+    call = images, labels, plan, MEAN, STD, 3000, None, 0.1
+    assert torch.equal(ops.augment(*call, backend="triton")[1], reference.augment(*call)[1])
+
+
+CLAMPED = [  # field, what is written into the first row, what the kernel takes it for on 5 images of 12x12
+    ("index", -5, 0), ("index", 2**62, 4), ("crop", -(2**31), -12), ("crop", 2**31 - 1, 12), ("jitter", -7, 0),
+    ("jitter", 2**31 - 1, 64 << 16), ("partner", -(2**63), 0), ("partner", 99, 1), ("lam", -1.0, 0.0), ("lam", 7.0, 1.0),
+    ("lam", float("nan"), 0.0),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "meant"), CLAMPED)
+def test_values_are_clamped(field: str, value: float, meant: float) -> None:
+    """No value can make the kernel read outside the images; numbers outside their range count as its nearest end."""
+    images, labels, plan = batch(2, (12, 12), (12, 12), resizes=False, hue=False)
+    wrong, right = (getattr(plan, field).clone() for _ in range(2))
+    wrong[0], right[0] = value, meant
+    x, targets = ours((images, labels, replace(plan, **{field: wrong})), (12, 12))
+    other, other_targets = expected((images, labels, replace(plan, **{field: right})), (12, 12))
+    assert torch.equal(x, other) and torch.equal(targets, other_targets)
+
+
+@pytest.mark.parametrize("size", [(9, 10), (46, 45)])
+def test_garbage_is_survived(size: tuple[int, int]) -> None:
+    """Any bits in any field: finite pixels in return."""
+    images, labels, plan = batch(2, (12, 11), size, seed=1)
+    generator, garbage = torch.Generator().manual_seed(0), {}
+    for name, tensor in plan.tensors().items():
+        if tensor.dtype in (torch.int32, torch.int64):
+            info = torch.iinfo(tensor.dtype)
+            garbage[name] = torch.randint(info.min, info.max, tensor.shape, generator=generator, dtype=tensor.dtype)
+    garbage["jitter_order"] = torch.randint(256, plan.jitter_order.shape, generator=generator, dtype=torch.uint8)
+    x, targets = ours((images, labels, replace(plan, **garbage)), size)
+    assert x.isfinite().all() and targets.isfinite().all()
+
+
+def test_replayed_from_a_gpu_graph() -> None:
+    """A CUDA graph of the call, replayed on another plan, gives what a plain call gives; capture fails on any sync."""
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA GPU")
+    for size in ((32, 32), (64, 65)):
+        images, labels, plan = (t.to(DEVICE) for t in batch(5, (40, 44), size, remode="pixel"))
+        _, _, other = batch(5, (40, 44), size, remode="pixel", seed=2)
+        call = images, labels, plan, MEAN, STD, 10, size, 0.1, torch.bfloat16
+        ops.augment(*call, backend="triton")  # compiles
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            x, targets = ops.augment(*call, backend="triton")
+        for mine, theirs in zip(plan.tensors().values(), other.tensors().values(), strict=True):
+            mine.copy_(theirs)
+        graph.replay()
+        plain, plain_targets = ops.augment(*call, backend="triton")
+        assert torch.equal(x, plain) and torch.equal(targets, plain_targets)

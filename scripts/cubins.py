@@ -84,10 +84,10 @@ def _meta(dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def launches_of(op: str, call: tuple) -> list[Launch]:
-    """The launches of one forward and one full backward of an op."""
+def launches_of(op: str, call: tuple, needs: list[bool] | None = None) -> list[Launch]:
+    """The launches of one forward and one backward of an op, for the gradients in `needs` (all, if None)."""
     native, module = native_op(op), importlib.import_module(f"deit_fast.kernels.triton.{op}")
-    needs = [call[i] is not None for i in native.grads]
+    needs = [call[i] is not None for i in native.grads] if needs is None else needs
     with recording() as found:
         out, saved = module.forward(*call, save=True)
         call = tuple(None if i == native.added else argument for i, argument in enumerate(call))

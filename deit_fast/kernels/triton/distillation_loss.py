@@ -53,7 +53,7 @@ def distillation_loss_kernel(cls_ptr, dist_ptr, target_ptr, teacher_ptr, loss_pt
         target = tl.where(inside, target, 0.0)
     weight = (1.0 if KIND == "none" else 1.0 - alpha) / B
     log_p = _log_softmax(_rows(cls_ptr, rows, cols, inside, K), (cols < K)[None, :])
-    loss = -weight * tl.sum(target * log_p, 1)  # (BM,)
+    loss = -weight * tl.sum(tl.where(target != 0.0, target * log_p, 0.0), 1)  # (BM,); a class at -inf costs nothing
     if dcls_ptr is not None:
         tl.store(dcls_ptr + where, weight * (tl.exp(log_p) * tl.sum(target, 1)[:, None] - target), mask=inside)
     if KIND == "soft":
@@ -67,7 +67,7 @@ def distillation_loss_kernel(cls_ptr, dist_ptr, target_ptr, teacher_ptr, loss_pt
         log_p = _log_softmax(_rows(dist_ptr, rows, cols, inside, K), (cols < K)[None, :])
         teacher = tl.where((cols < K)[None, :], _rows(teacher_ptr, rows, cols, inside, K), float("-inf"))
         chosen = tl.where((cols[None, :] == tl.argmax(teacher, 1)[:, None]) & inside, 1.0, 0.0)
-        loss -= alpha / B * tl.sum(chosen * log_p, 1)
+        loss -= alpha / B * tl.sum(tl.where(chosen != 0.0, log_p, 0.0), 1)
         if ddist_ptr is not None:
             tl.store(ddist_ptr + where, alpha / B * (tl.exp(log_p) - chosen), mask=inside)
     tl.store(loss_ptr + tl.program_id(0), tl.sum(tl.where(rows < B, loss, 0.0), 0))

@@ -29,9 +29,11 @@ def store(ptr, rows, cols, value, M, WIDTH: tl.constexpr):
 @triton.jit
 def load_vector(ptr, cols, WIDTH: tl.constexpr):
     """A parameter vector (BLOCK,) in fp32, zero beyond WIDTH; zeros where there is none."""
-    if ptr is None:
-        return tl.zeros(cols.shape, tl.float32)
-    return tl.load(ptr + cols, mask=cols < WIDTH, other=0.0).to(tl.float32)
+    if ptr is None:  # one return: Triton also compiles what follows a return inside an `if`
+        vector = tl.zeros(cols.shape, tl.float32)
+    else:
+        vector = tl.load(ptr + cols, mask=cols < WIDTH, other=0.0).to(tl.float32)
+    return vector
 
 
 @triton.jit

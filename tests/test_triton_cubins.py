@@ -6,7 +6,6 @@ this file keeps one size per kernel and architecture, the report's size in every
 
 from __future__ import annotations
 
-import inspect
 import sys
 from pathlib import Path
 
@@ -19,8 +18,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
 import cubins  # noqa: E402
 
-from cases import CASES, VARIANTS, Case  # noqa: E402
-from deit_fast import ops  # noqa: E402
 from deit_fast.backend import BackendError  # noqa: E402
 from deit_fast.kernels.triton import (INTERPRETED, attention, attention_kernels, common,  # noqa: E402
                                       distillation_loss, layernorm_mlp, linear, linear_kernels, mlp_kernels, reduction,
@@ -103,33 +100,6 @@ def test_attention_dropout_on_hopper() -> None:
     for launch in cubins.launches_of("attention",
                                      (qkv, heads, None, 0.1, torch.empty((), dtype=torch.int64, device="meta"))):
         check(launch, 90, forward_spills_nothing(launch))
-
-
-def table_launches(case: Case) -> list[Launch]:
-    """What a row of the parity table launches: with all its gradients, and with each of them alone (frozen others)."""
-    inputs = case.inputs(next(variant for variant in VARIANTS if variant.name == "bf16mixed"), "meta")
-    bound = inspect.signature(getattr(ops, case.op)).bind(**inputs)
-    bound.apply_defaults()
-    call = tuple(value for name, value in bound.arguments.items() if name != "backend")
-    given = [call[i] is not None for i in cubins.native_op(case.op).grads]
-    alone = [[i == j for j in range(len(given))] for i, present in enumerate(given) if present]
-    return [launch for needs in (given, *alone) for launch in cubins.launches_of(case.op, call, needs)]
-
-
-def switches(launch: Launch) -> tuple:
-    """The kernel and what its code branches on at compile time: absent arguments, flags, dropout."""
-    flags = {name: value for name, value in launch.arguments.items() if value is None or isinstance(value, (bool, str))}
-    return launch.kernel.__name__, tuple(sorted(flags.items())), launch.arguments.get("THRESHOLD", 0) > 0
-
-
-def test_absent_arguments_on_hopper() -> None:
-    """Layers without biases, frozen parameters and inputs: each pattern compiles, which the interpreter cannot show."""
-    patterns = {}
-    for case in CASES:
-        for launch in table_launches(case) if case.grads else ():
-            patterns.setdefault(switches(launch), launch)
-    for launch in patterns.values():
-        check(launch, 90, float("inf"))
 
 
 def test_no_kernel_is_left_out() -> None:

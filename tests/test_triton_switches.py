@@ -1,7 +1,7 @@
 """Triton kernels for layers without biases, for frozen parameters and inputs, with and without dropout.
 
-What is absent is a pointer of None, on which kernels branch at compile time. The interpreter runs only the branch that is
-taken; the compiler also compiles what follows a `return` there and both sides of a run-time `if`. So each pattern of
+What is absent is a pointer of None, on which kernels branch at compile time. The interpreter runs only the branch that
+is taken; the compiler also compiles what follows a `return` there and both sides of a run-time `if`. So each pattern of
 absent arguments and flags in the parity table is compiled for one GPU, which need not be there.
 """
 

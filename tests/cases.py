@@ -216,6 +216,13 @@ def _mixed_target(m: Maker, B: int, K: int) -> Tensor:
     return torch.softmax(m.normal(B, K).float(), dim=-1)
 
 
+def _without_class(inputs: Inputs, k: int) -> Inputs:
+    """Class k of every logits tensor at -inf: switched off."""
+    for name in ("cls_logits", "dist_logits", "teacher_logits"):
+        inputs[name][:, k] = -torch.inf
+    return inputs
+
+
 DISTILLATION_LOSS = [
     Case("distillation_loss", name, make, grads, **flags)
     for name, make, grads, flags in (
@@ -230,6 +237,8 @@ DISTILLATION_LOSS = [
         ("hard33x100", lambda m: {**_logits(m, 33, 100), "target": m.integers(100, 33), "kind": "hard", "smoothing": 0.1},
          ("cls_logits", "dist_logits"), {}),
         ("extreme4x10", lambda m: {**_logits(m, 4, 10, scale=200.0), "target": m.integers(10, 4), "kind": "soft"},
+         ("cls_logits", "dist_logits"), {}),
+        ("masked5x4", lambda m: {**_without_class(_logits(m, 5, 4), 3), "target": m.integers(3, 5), "kind": "hard"},
          ("cls_logits", "dist_logits"), {}),
         ("one1x1", lambda m: {**_logits(m, 1, 1), "target": m.integers(1, 1), "kind": "soft"},
          ("cls_logits", "dist_logits"), {}),

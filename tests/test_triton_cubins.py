@@ -6,7 +6,6 @@ this file keeps one size per kernel and architecture, the report's size in every
 
 from __future__ import annotations
 
-import inspect
 import re
 import sys
 from pathlib import Path
@@ -20,8 +19,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
 import cubins  # noqa: E402
 
-from cases import CASES, VARIANTS, Case  # noqa: E402
-from deit_fast import ops  # noqa: E402
 from deit_fast.backend import KernelError  # noqa: E402
 from deit_fast.kernels.triton import (INTERPRETED, attention, attention_kernels, augment,  # noqa: E402
                                       augment_geometry, augment_kernels, common, distillation_loss, layernorm_mlp,
@@ -134,33 +131,6 @@ def test_augment_is_rounded_as_written() -> None:
     assert set(re.findall(r"\b(?:mul|add|sub|fma|sqrt)\.[a-z.]*f32\b", assembly)) <= {
         f"{name}.rn.f32" for name in ("mul", "add", "sub", "fma", "sqrt")}
     assert "fma.rn.f32" in assembly and "cvt.rn.bf16" in assembly
-
-
-def table_launches(case: Case) -> list[Launch]:
-    """What a row of the parity table launches: with all its gradients, and with each of them alone (frozen others)."""
-    inputs = case.inputs(next(variant for variant in VARIANTS if variant.name == "bf16mixed"), "meta")
-    bound = inspect.signature(getattr(ops, case.op)).bind(**inputs)
-    bound.apply_defaults()
-    call = tuple(value for name, value in bound.arguments.items() if name != "backend")
-    given = [call[i] is not None for i in cubins.native_op(case.op).grads]
-    alone = [[i == j for j in range(len(given))] for i, present in enumerate(given) if present]
-    return [launch for needs in (given, *alone) for launch in cubins.launches_of(case.op, call, needs)]
-
-
-def switches(launch: Launch) -> tuple:
-    """The kernel and what its code branches on at compile time: absent arguments, flags, dropout."""
-    flags = {name: value for name, value in launch.arguments.items() if value is None or isinstance(value, (bool, str))}
-    return launch.kernel.__name__, tuple(sorted(flags.items())), launch.arguments.get("THRESHOLD", 0) > 0
-
-
-def test_absent_arguments_on_hopper() -> None:
-    """Layers without biases, frozen parameters and inputs: each pattern compiles, which the interpreter cannot show."""
-    patterns = {}
-    for case in CASES:
-        for launch in table_launches(case) if case.grads else ():
-            patterns.setdefault(switches(launch), launch)
-    for launch in patterns.values():
-        check(launch, 90, float("inf"))
 
 
 def test_no_kernel_is_left_out() -> None:

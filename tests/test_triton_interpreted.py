@@ -62,7 +62,7 @@ def test_augment() -> None:
 @pytest.mark.parametrize("group", GROUPS)
 def test_parity(group: str) -> None:
     """Forward and every gradient within the oracle's budget."""
-    dtypes = "fp32 or fp16 or autocast" if group == "loss" else "fp32 or fp16"  # the loss computes in fp32 under autocast
+    dtypes = "fp32 or fp16 or autocast" if group == "loss" else "fp32 or fp16"  # autocast leaves the loss in fp32
     rows = f"({GROUPS[group]}) and test_eager and triton and ({dtypes})"
     rows += "".join(f" and not {row}" for row in SLOW_IN_FP16)
     result = interpreted("-m", "pytest", "tests/test_parity.py", "-q", "-p", "no:cacheprovider", "-k", rows)

@@ -159,5 +159,5 @@ def layernorm_mlp_bwd_kernel(x_ptr, grad_ptr, ln_weight_ptr, ln_bias_ptr, fc1_we
     if matrix_ptr is not None:
         if pid >= dx_programs:
             _dw_piece(x_ptr, grad_ptr, ln_weight_ptr, ln_bias_ptr, fc1_weight_ptr, fc1_bias_ptr, fc2_weight_ptr,
-                      matrix_ptr, seed_ptr, row_scale_ptr, pid - dx_programs, rows_per_split, M, rows_per_sample, eps, C,
-                      F, BLOCK_M, BLOCK_F, BLOCK_C, THRESHOLD, KEEP_SCALE, PRECISION)
+                      matrix_ptr, seed_ptr, row_scale_ptr, pid - dx_programs, rows_per_split, M, rows_per_sample, eps,
+                      C, F, BLOCK_M, BLOCK_F, BLOCK_C, THRESHOLD, KEEP_SCALE, PRECISION)

@@ -7,6 +7,7 @@ number, with stored teacher logits, as `python -m deit_fast.train --fused --amp`
 from __future__ import annotations
 
 import io
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -24,6 +25,7 @@ from deit_fast.data.loader import TrainLoader
 from deit_fast.data.split import Split
 from deit_fast.training.build import dropout_seed
 from deit_fast.training.config import DistillationConfig, OptimConfig, RunConfig
+from deit_fast.training.device import set_determinism
 from deit_fast.training.distillation import Objective
 from deit_fast.training.engine import Trainer
 from deit_fast.training.graphs import GraphedSteps
@@ -55,8 +57,7 @@ def made_up(number: int, side: int) -> tuple[Split, Tensor]:
     return Split(images, labels), (4 * torch.eye(K)[labels] + torch.randn(number, K, generator=generator)).half()
 
 
-def make_trainer(machine: Machine, batch_size: int, *, graphed: bool, seeded: bool, amp: bool,
-                 deterministic: bool = False) -> Trainer:
+def make_trainer(machine: Machine, batch_size: int, *, graphed: bool, seeded: bool, amp: bool) -> Trainer:
     """A Trainer of the report's DeiT; a rehearsal's is tiny. The same weights and data for the same arguments."""
     side, number, depth = (8, 8 * batch_size, 1) if machine.rehearse else (32, 45_000, None)
     split, of_teacher = made_up(number, side)
@@ -72,7 +73,7 @@ def make_trainer(machine: Machine, batch_size: int, *, graphed: bool, seeded: bo
 
     job = Job(PRESET, model, Objective(model.tokens, DistillationConfig(), None), loader, {}, K, None, {},
               seed=dropout_seed(0, device) if seeded else None, teacher_logits=teacher_logits)
-    run = RunConfig(cuda_graphs=False, amp=amp, deterministic=deterministic)
+    run = RunConfig(cuda_graphs=False, amp=amp)
     trainer = Trainer(job, OptimConfig(epochs=1000), run, device, Log(Console(file=io.StringIO())))
     if graphed:
         trainer.steps = GraphedSteps(trainer.learner, trainer.schedule, machine.recorder())
@@ -92,7 +93,19 @@ def loss_curve(trainer: Trainer, steps: int) -> list[float]:
 
 
 def losses(machine: Machine) -> Iterator[Row]:
-    """200 steps: graphs and eager steps must agree bit for bit, Triton and reference at first closely, at the end too."""
+    """200 steps: graphs and eager steps must agree bit for bit, Triton and reference at first closely, at the end too.
+
+    With deterministic kernels: otherwise two eager runs differ as well.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it PyTorch refuses cuBLAS here
+    set_determinism(True)
+    try:
+        yield from _agreements(machine)
+    finally:
+        set_determinism(False)
+
+
+def _agreements(machine: Machine) -> Iterator[Row]:
     steps, batch_size = (6, 2) if machine.rehearse else (LEARNED_STEPS, 64)
     curves = {}
     for amp in (False,) if machine.rehearse else (False, True):

@@ -7,6 +7,9 @@ table at the end. Each call is timed by replaying a CUDA graph of it (no launch 
 the same for plain PyTorch and for `torch.compile` with max-autotune. A section takes no new row once it is 7 minutes
 old. `--rehearse` walks through everything on a CPU, with small batches and no graphs; run it under TRITON_INTERPRET=1.
 
+On a GPU that is borrowed for half an hour, `scripts/gpu.sh` builds, then runs the sections and the study in the order
+of what they are worth.
+
 A section is a function Machine -> rows (name, figures), in a module of `benchmarks/gpu/`, and a line of SECTIONS.
 """
 

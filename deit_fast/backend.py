@@ -87,7 +87,7 @@ class Op:
         return tuple(name for name in BACKENDS if self.why_not(name, *call) is None)
 
     def asked(self, requested: str | None) -> str | None:
-        """The backend that somebody named for a call with this `backend=` argument, or None: the op's own order counts."""
+        """The backend that somebody named for a call with this `backend=` argument, or None: the op's order counts."""
         if requested is not None:
             return requested
         return _override.get(self.name) or _override.get("*") or _environment.get(self.name) or _environment.get("*")

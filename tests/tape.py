@@ -2,7 +2,8 @@
 
 Like a graph, a replay runs no Python of the recorded call: numbers are those of the recording, attributes that the call
 rebinds are not bound again, and everything is read and written where it lay. Like a capture, a recording has no effect
-(here: everything that it read or wrote is put back) and refuses what needs a value on the host or a copy of host memory.
+(here: everything that it read or wrote is put back) and refuses what needs a value on the host or a copy of host
+memory.
 """
 
 from __future__ import annotations

@@ -51,8 +51,8 @@ def network() -> nn.Module:
                          nn.Linear(8 * 36, K))
 
 
-def make(data, *, graphed, device=CPU, model="vit_nano_patch4_32", recipe=FULL, seeded=False, ema=False, teacher=None, mixing_off=0,
-         model_options=None, **settings) -> tuple[Trainer, Tapes | graphs.CudaGraphs]:
+def make(data, *, graphed, device=CPU, model="vit_nano_patch4_32", recipe=FULL, seeded=False, ema=False, teacher=None,
+         mixing_off=0, model_options=None, **settings) -> tuple[Trainer, Tapes | graphs.CudaGraphs]:
     """A Trainer on the digits, and what records its steps; settings go to OptimConfig or RunConfig."""
     torch.manual_seed(0)
     loader = TrainLoader(data.train, recipe, data.mean, data.std, K, 128, smoothing=0.1, device=device)
@@ -106,7 +106,8 @@ CASES = {
     "seeded dropout": dict(seeded=True, model_options=dict(drop_rate=0.1, attn_drop_rate=0.1)),
     "schedule, average, clipping": dict(ema=True, sched="cosine", warmup_epochs=0.7, opt="adamw", weight_decay=0.05,
                                         clip_grad=0.5),
-    "accumulation": dict(grad_accum_steps=2, ema=True, sched="step", decay_epochs=0.5, model_options=dict(drop_rate=0.1)),
+    "accumulation": dict(grad_accum_steps=2, ema=True, sched="step", decay_epochs=0.5,
+                         model_options=dict(drop_rate=0.1)),
     "accumulation, batches left over": dict(grad_accum_steps=3, opt="sgd", momentum=0.9),
     "teacher online": dict(model="deit_nano_distilled_patch4_32", mixing_off=1),
     "teacher stored": dict(model="deit_nano_distilled_patch4_32", teacher="stored", seeded=True, grad_accum_steps=2,

@@ -124,7 +124,7 @@ def test_selection(toy: NativeOp) -> None:
 
 @pytest.fixture
 def failing(toy: NativeOp, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """failing("forward") makes that half of the toy's kernel one that does not compile, as Triton's launcher finds out."""
+    """failing("forward") makes that half of the toy's kernel one that does not compile, as Triton's may turn out."""
     module, failed = toy.modules["cpu"], []
     before = module.why_not
 
@@ -159,7 +159,8 @@ def test_a_kernel_that_does_not_compile(toy: NativeOp, failing: Callable[[str], 
 
 
 @pytest.mark.parametrize("half", ["forward", "backward"])
-def test_a_kernel_that_does_not_compile_but_was_asked_for(toy: NativeOp, failing: Callable[[str], None], half: str) -> None:
+def test_a_kernel_that_was_asked_for_and_does_not_compile(toy: NativeOp, failing: Callable[[str], None],
+                                                          half: str) -> None:
     """By argument or by context: it raises, in backward too, and from then on before any kernel is tried."""
     for name, context in (("cpu", nullcontext()), (None, use_backend("cpu"))):
         failing(half)

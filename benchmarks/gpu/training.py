@@ -7,6 +7,7 @@ number, with stored teacher logits, as `python -m deit_fast.train --fused --amp`
 from __future__ import annotations
 
 import io
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -24,6 +25,7 @@ from deit_fast.data.loader import TrainLoader
 from deit_fast.data.split import Split
 from deit_fast.training.build import dropout_seed
 from deit_fast.training.config import DistillationConfig, OptimConfig, RunConfig
+from deit_fast.training.device import set_determinism
 from deit_fast.training.distillation import Objective
 from deit_fast.training.engine import Trainer
 from deit_fast.training.graphs import GraphedSteps
@@ -37,11 +39,13 @@ PRESET, K, LEARNED_STEPS = "deit_nano_distilled_patch4_32", 10, 200
 RECIPE = Recipe(crop_pad=4, hflip=0.5)
 
 
-def native() -> AbstractContextManager:
-    """The Triton kernels by name, and for an op that has none here what else there is."""
-    chosen = {name: next((backend for backend in ("triton", "cuda", "cpu") if op.why_not_here(backend) is None),
-                         "reference") for name, op in OPS.items()}
-    return deit_fast.use_backend(**chosen)
+def backends(machine: Machine, native: bool) -> AbstractContextManager:
+    """The Triton kernels by name, and for an op that has none here what else the device has; or plain PyTorch."""
+    if not native:
+        return deit_fast.use_backend("reference")
+    candidates = ("triton", "cpu" if machine.rehearse else "cuda")
+    return deit_fast.use_backend(**{name: next((backend for backend in candidates if op.why_not_here(backend) is None),
+                                               "reference") for name, op in OPS.items()})
 
 
 @lru_cache(maxsize=1)
@@ -55,8 +59,7 @@ def made_up(number: int, side: int) -> tuple[Split, Tensor]:
     return Split(images, labels), (4 * torch.eye(K)[labels] + torch.randn(number, K, generator=generator)).half()
 
 
-def make_trainer(machine: Machine, batch_size: int, *, graphed: bool, seeded: bool, amp: bool,
-                 deterministic: bool = False) -> Trainer:
+def make_trainer(machine: Machine, batch_size: int, *, graphed: bool, seeded: bool, amp: bool) -> Trainer:
     """A Trainer of the report's DeiT; a rehearsal's is tiny. The same weights and data for the same arguments."""
     side, number, depth = (8, 8 * batch_size, 1) if machine.rehearse else (32, 45_000, None)
     split, of_teacher = made_up(number, side)
@@ -72,7 +75,7 @@ def make_trainer(machine: Machine, batch_size: int, *, graphed: bool, seeded: bo
 
     job = Job(PRESET, model, Objective(model.tokens, DistillationConfig(), None), loader, {}, K, None, {},
               seed=dropout_seed(0, device) if seeded else None, teacher_logits=teacher_logits)
-    run = RunConfig(cuda_graphs=False, amp=amp, deterministic=deterministic)
+    run = RunConfig(cuda_graphs=False, amp=amp)
     trainer = Trainer(job, OptimConfig(epochs=1000), run, device, Log(Console(file=io.StringIO())))
     if graphed:
         trainer.steps = GraphedSteps(trainer.learner, trainer.schedule, machine.recorder())
@@ -92,15 +95,26 @@ def loss_curve(trainer: Trainer, steps: int) -> list[float]:
 
 
 def losses(machine: Machine) -> Iterator[Row]:
-    """200 steps: graphs and eager steps must agree bit for bit, Triton and reference at first closely, at the end too."""
+    """200 steps: graphs and eager steps must agree bit for bit, Triton and reference at first closely, at the end too.
+
+    With deterministic kernels: otherwise two eager runs differ as well.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it PyTorch refuses cuBLAS here
+    set_determinism(True)
+    try:
+        yield from _agreements(machine)
+    finally:
+        set_determinism(False)
+
+
+def _agreements(machine: Machine) -> Iterator[Row]:
     steps, batch_size = (6, 2) if machine.rehearse else (LEARNED_STEPS, 64)
     curves = {}
     for amp in (False,) if machine.rehearse else (False, True):
-        for who, backends, seeded in (("reference", lambda: deit_fast.use_backend("reference"), False),
-                                      ("triton", native, True)):
+        for who, native in (("reference", False), ("triton", True)):
             for graphed in (False, True):
-                with backends():
-                    trainer = make_trainer(machine, batch_size, graphed=graphed, seeded=seeded, amp=amp)
+                with backends(machine, native):
+                    trainer = make_trainer(machine, batch_size, graphed=graphed, seeded=native, amp=amp)
                     curves[who, amp, graphed] = loss_curve(trainer, steps)
             eager, replayed = curves[who, amp, False], curves[who, amp, True]
             different = [step for step, pair in enumerate(zip(eager, replayed)) if pair[0] != pair[1]]
@@ -124,25 +138,34 @@ def train_step(machine: Machine) -> Iterator[Row]:
     finished batch for ever, which does them a favour. The compiled ones are replayed from one CUDA graph, as ours is.
     """
     for B in (2,) if machine.rehearse else machine.batches:
-        for who, backends, graphed in (("ours, graphs", native, True), ("ours, eager", native, False),
-                                       ("reference, graphs", lambda: deit_fast.use_backend("reference"), True)):
-            with backends():
-                machine.reset_peak()
-                trainer = make_trainer(machine, B, graphed=graphed, seeded=backends is native, amp=not machine.rehearse)
-                yield f"batch {B}: {who}", figures(machine, B, in_a_row(machine, steps_of(trainer)))
+        for who, native, graphed in (("ours, graphs", True, True), ("ours, eager", True, False),
+                                     ("reference, graphs", False, True)):
+            yield f"batch {B}: {who}", trainer_figures(machine, B, native, graphed)
         for who, model, compiled in (("reference", None, False), ("reference", None, True), ("timm", timm_model, False),
                                      ("timm", timm_model, True)):
             name = f"batch {B}: {who}, {'max-autotune, graph' if compiled else 'eager'}"
             try:
-                machine.reset_peak()
-                step = baseline_step(machine, PRESET, B, model, compiled)
+                yield name, baseline_figures(machine, B, model, compiled)
             except ImportError as error:
                 yield name, {"skipped": str(error)}
-                continue
-            with deit_fast.use_backend("reference"):
-                each = machine.milliseconds(step) if compiled else in_a_row(machine, (step() for _ in count()))
-            yield name, figures(machine, B, each)
             torch._dynamo.reset()
+
+
+def trainer_figures(machine: Machine, batch_size: int, native: bool, graphed: bool) -> dict[str, float]:
+    """The speed of a Trainer's steps; when it returns, their memory is free."""
+    machine.reset_peak()
+    with backends(machine, native):
+        trainer = make_trainer(machine, batch_size, graphed=graphed, seeded=native, amp=not machine.rehearse)
+        return figures(machine, batch_size, in_a_row(machine, steps_of(trainer)))
+
+
+def baseline_figures(machine: Machine, batch_size: int, convert: Callable | None, compiled: bool) -> dict[str, float]:
+    """The speed of a plain loop's steps, of our model in plain PyTorch or of what `convert` makes of it."""
+    machine.reset_peak()
+    with deit_fast.use_backend("reference"):
+        step = baseline_step(machine, PRESET, batch_size, convert, compiled)
+        each = machine.milliseconds(step) if compiled else in_a_row(machine, (step() for _ in count()))
+    return figures(machine, batch_size, each)
 
 
 def figures(machine: Machine, batch_size: int, milliseconds: float) -> dict[str, float]:

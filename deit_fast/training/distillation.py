@@ -90,5 +90,5 @@ class Objective:
         if teacher_logits is None:
             teacher_logits = self.teacher(images).half()
         c = self.config
-        return ops.distillation_loss(cls, dist, targets, teacher_logits.float(), c.distillation_type, c.distillation_alpha,
-                                     c.distillation_tau, c.distillation_reduction)
+        return ops.distillation_loss(cls, dist, targets, teacher_logits.float(), c.distillation_type,
+                                     c.distillation_alpha, c.distillation_tau, c.distillation_reduction)

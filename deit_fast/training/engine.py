@@ -176,7 +176,8 @@ class Trainer:
         """Writes last.pt; TrainingError instead when the state is not finite."""
         self._check_state()
         checkpoint.save(self.last, self._weights() | {
-            "settings": self.job.settings, "optimizer": self.learner.optimizer.state_dict(), "scaler": self.learner.scaler.state_dict(),
+            "settings": self.job.settings, "optimizer": self.learner.optimizer.state_dict(),
+            "scaler": self.learner.scaler.state_dict(),
             "epoch": self.epoch, "step": self.step, "seconds": self.seconds, "wall_seconds": self.wall_seconds,
             "loss_sum": self.learner.loss_sum.item(), "rng": checkpoint.rng_state(), "history": self.history,
             "best": self.best})

@@ -12,8 +12,8 @@ one launch. What is recorded are addresses and Python's numbers, so
 - with gradient accumulation there are two graphs, with and without the update. They share their memory, since neither
   leaves anything there that the other must not overwrite; gradients stay outside.
 
-The losses are those of eager steps, bit for bit, and so are checkpoints. NOT YET RUN ON A GPU: the tests replay a tape of
-PyTorch's operators on a CPU (tests/tape.py), which shows a value frozen by mistake but knows nothing of CUDA.
+The losses are those of eager steps, bit for bit, and so are checkpoints. NOT YET RUN ON A GPU: the tests replay a tape
+of PyTorch's operators on a CPU (tests/tape.py), which shows a value frozen by mistake but knows nothing of CUDA.
 """
 
 from __future__ import annotations

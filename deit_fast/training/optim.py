@@ -98,7 +98,8 @@ def capturable(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Lets `optimizer.step()` be captured in a CUDA graph inside; warmup steps must have made its state before.
 
     torch warns when a capturable optimizer steps outside a graph, and the flag would get into checkpoints, so it is set
-    for the capture alone. With the fused kernels nothing else depends on it: their step counts are on the device anyway.
+    for the capture alone. With the fused kernels nothing else depends on it: their step counts are on the device
+    anyway.
     """
     groups = [group for group in optimizer.param_groups if "capturable" in group]
     for group in groups:

@@ -37,7 +37,7 @@ class Learner:
         self.first_bad = torch.full((), -1, dtype=torch.int64, device=device)  # number of a batch, -1: none
 
     def learn(self, number: int | Tensor, images: Tensor, targets: Tensor, *teacher_logits: Tensor) -> None:
-        """Adds the gradients of batch `number`: images (B, 3, H, W), targets (B, K), teacher_logits (B, K) if stored."""
+        """Adds the gradients of batch `number`: images (B, 3, H, W), targets (B, K), stored teacher_logits (B, K)."""
         seed = () if self.job.seed is None else (self.job.seed + number,)
         with autocast(self.device, self.run):
             loss = self.job.objective(images, self.forward(images, *seed), targets, *teacher_logits)

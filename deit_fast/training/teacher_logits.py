@@ -129,13 +129,13 @@ class TeacherLogits:
         return logits.to(self.loader.device)
 
     def _of_epoch(self, epoch: int) -> Iterator[Tensor]:
-        """The images of an epoch, in its order, some IMAGES_PER_PASS at a time: many batches in one call of `augment`."""
+        """The images of an epoch in its order, some IMAGES_PER_PASS at a time: many batches in one `augment`."""
         loader, B = self.loader, self.loader.batch_size
         if loader.policy is not None:
             return self._joined(images for images, _ in loader.epoch(epoch))
         plan, size = loader.plan(epoch), max(B, IMAGES_PER_PASS[loader.device.type] // B * B)
         position = torch.arange(len(plan), device=loader.device)
-        within = position % size // B * B  # (N,): where a position's batch starts in its pass; partners count from there
+        within = position % size // B * B  # (N,): where the batch starts in its pass; partners count from there
         plan = replace(plan, partner=plan.partner + within)
         return (loader.batch(plan[first : first + size])[0] for first in range(0, len(plan), size))
 

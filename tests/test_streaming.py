@@ -7,7 +7,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from commands import train
+from commands import CONTEXT, train
 from image_sets import CLASSES, encode, fails, load, make_files, write_directory, write_tar
 from safetensors.torch import load_file
 
@@ -244,3 +244,20 @@ def test_a_killed_worker_is_named(root):
                 os.kill(worker.pid, signal.SIGKILL)
     with pytest.raises(RuntimeError, match="other"), worker_errors():
         raise RuntimeError("other")
+
+
+def _end_with_workers_running():
+    global kept  # as the traceback of a crash keeps it
+    split = Split(torch.zeros(64, 3, 8, 8, dtype=torch.uint8), torch.zeros(64, dtype=torch.int64))
+    multiprocessing.set_start_method("fork", force=True)
+    kept = TrainLoader(split, Recipe(), (0.5,) * 3, (0.5,) * 3, 2, 1, auto_augment="ra", workers=2).epoch(0)
+    next(kept)
+
+
+def test_a_process_that_ends_takes_its_workers_along():
+    process = CONTEXT.Process(target=_end_with_workers_running)
+    process.start()
+    process.join(60)
+    ended = process.exitcode
+    process.kill()
+    assert ended == 0

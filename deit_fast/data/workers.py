@@ -11,7 +11,9 @@ in `worker_errors`: PyTorch raises its RuntimeError from a signal handler, where
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -120,7 +122,15 @@ def worker_errors() -> Iterator[None]:
 def _leave_signals_to_the_parent(_worker: int) -> None:
     """Lets SIGINT and SIGTERM pass: terminals and job schedulers send them to the workers too.
 
-    They are needed until the run has saved its state and closes them.
+    They are needed until the run has saved its state and closes them. Only the parent's own SIGTERM ends a worker: Python
+    sends it to the children that are left when the parent exits, after a crash for instance, and then waits for them.
     """
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # for the threads to come too
+    threading.Thread(target=_exit_when_told, args=(os.getppid(),), daemon=True).start()
+
+
+def _exit_when_told(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

@@ -27,6 +27,7 @@ FULL = Recipe(crop_pad=4, hflip=0.5, brightness=0.4, contrast=0.4, saturation=0.
               mixup_mode="elem")
 MIX = Recipe(mixup=0.8, cutmix=1.0, mixup_mode="elem")
 FLIP_MIX = Recipe(hflip=0.5, mixup=0.8, mixup_mode="elem")
+RRC = Recipe(rrc=True, interpolation="bicubic", hflip=0.5)
 B = 256
 
 Work = Callable[[], object]
@@ -41,20 +42,36 @@ def _one_core() -> Iterator[None]:
 
 
 def images_of(size: int, n: int = 1024) -> tuple[Tensor, Tensor]:
-    """(n, 3, size, size) uint8 and (n,) labels."""
+    """(n, 3, size, size) uint8, noise, and (n,) labels."""
     return torch.randint(256, (n, 3, size, size), dtype=torch.uint8), torch.randint(K, (n,))
 
 
-def ours(recipe: Recipe, images: Tensor, labels: Tensor, n: int, batch: int = B, backend: str | None = None) -> Work:
-    """n images in batches, their plans included."""
-    size = images.shape[-1]
+def ours(recipe: Recipe, images: Tensor, labels: Tensor, n: int, batch: int = B, backend: str | None = None,
+         size: int | None = None) -> Work:
+    """n images in batches, their plans included; size: of the output, default the images' own."""
+    source = images.shape[-1]
 
     def work() -> None:
-        plan = sample_plan(recipe, torch.arange(n) % len(images), 0, 0, batch, size)
+        plan = sample_plan(recipe, torch.arange(n) % len(images), 0, 0, batch, size or source, source_size=source)
         for start in range(0, n, batch):
-            ops.augment(images, labels, plan[start:start + batch], MEAN, STD, K, smoothing=0.1, backend=backend)
+            ops.augment(images, labels, plan[start:start + batch], MEAN, STD, K, size, 0.1, backend=backend)
 
     return work
+
+
+def torchvision_rrc(images: Tensor, n: int, size: int) -> Work:
+    """v2's RandomResizedCrop, flip and normalisation on one image at a time."""
+    one = v2.Compose([v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode.BICUBIC), v2.RandomHorizontalFlip(),
+                      v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+    return lambda: torch.stack([one(image) for image in images[:n]])
+
+
+def kornia_rrc(images: Tensor, n: int, size: int) -> Work:
+    """kornia's batched crop with a box per sample; bicubic, but not antialiased: it does less."""
+    K_aug = pytest.importorskip("kornia.augmentation", reason="kornia is not installed (pip install deit_fast[bench])")
+    chain = torch.nn.Sequential(K_aug.RandomResizedCrop((size, size), resample="BICUBIC"), K_aug.RandomHorizontalFlip(),
+                                K_aug.Normalize(MEAN, STD))
+    return lambda: chain(images[:n].float() / 255)
 
 
 def torchvision_per_image(images: Tensor, labels: Tensor, n: int) -> Work:
@@ -138,6 +155,17 @@ def test_torchvision_224(benchmark, capsys) -> None:
     inputs = images_of(224, 64)
     compare(benchmark, capsys, "torchvision v2 per image, 224 px", torchvision_per_image(*inputs, 32), 32,
             ours(FULL, *inputs, 256, 32), 256, 5)
+
+
+@pytest.mark.parametrize("source", [256, 400])
+@pytest.mark.parametrize(("name", "peer"), [("torchvision v2 per image", torchvision_rrc),
+                                            ("kornia batched", kornia_rrc)])
+def test_resized_crop(benchmark, capsys, name: str, peer: Callable[..., Work], source: int) -> None:
+    require_cpu()
+    benchmark.group = f"augment {source} to 224 px: resized crop, flip, normalise"
+    images, labels = images_of(source, 64)
+    compare(benchmark, capsys, f"{name}, resized crop {source} to 224 px", peer(images, 32, 224), 32,
+            ours(RRC, images, labels, 64, 32, size=224), 64, 5)
 
 
 def test_kornia(benchmark, capsys) -> None:

@@ -2,7 +2,7 @@
 //
 // Integers up to normalisation, then fp32 with every fused multiply-add written out and contraction switched off. No
 // branches on pixels and no tables, so that a compiler turns loops over these functions into vectors. The definitions
-// are those of deit_fast/reference/augment.py.
+// are those of deit_fast/reference/augment.py; the weights of resized crops are in augment_filter.h.
 #pragma once
 
 #include <cmath>
@@ -19,7 +19,9 @@ namespace augment {
 
 constexpr int32_t kOne = 1 << 16;  // 1.0 in the 16.16 format of the color factors
 constexpr int32_t kMaxFactor = 64 << 16;
-enum Kind { kBrightness = 0, kContrast = 1, kSaturation = 2 };
+constexpr int32_t kMaxShift = 1 << 15;  // half a turn of the color wheel
+enum Kind { kBrightness = 0, kContrast = 1, kSaturation = 2, kHue = 3 };
+enum Remode { kConst = 0, kPixel = 1, kRand = 2 };
 enum Dtype { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // ---- images, boxes, plan: everything that a kernel needs, by pointer ----
@@ -29,10 +31,14 @@ struct Args {
     int64_t stride_m, stride_c, stride_y, stride_x;
     const int64_t* labels;         // (M,)
     const int64_t* index;          // (B,)
+    const int32_t* resized_crop;   // (B, 4), or null: nothing is resized
+    const uint8_t* bicubic;        // (B,)
     const int32_t* crop;           // (B, 2)
     const uint8_t* flip;           // (B,)
-    const uint8_t* jitter_order;   // (B, 3)
-    const int32_t* jitter;         // (B, 3)
+    const uint8_t* vflip;          // (B,)
+    const uint8_t* jitter_order;   // (B, J)
+    const int32_t* jitter;         // (B, J)
+    const uint8_t* grayscale;      // (B,)
     const int32_t* erase;          // (B, R, 4)
     const int64_t* noise_key;      // (B,)
     const int64_t* partner;        // (B,)
@@ -40,9 +46,10 @@ struct Args {
     const int32_t* cut;            // (B, 4)
     void* out;                     // (B, 3, H', W'), or (B, H', W', 3) in memory when channels_last
     float* targets;                // (B, K)
-    int64_t M, B, R, K;
+    void* workspace;               // of augment_workspace(...) bytes, 64-byte aligned
+    int64_t M, B, J, R, K;
     int32_t source_h, source_w, height, width;
-    int32_t pixel_noise, channels_last, dtype;
+    int32_t remode, reflect, channels_last, dtype;
     float scale[3], bias[3];  // uint8 * scale + bias
     float on, off;            // of a smoothed one-hot
 };
@@ -54,6 +61,18 @@ AUGMENT_FN bool in_box(const int32_t* box, int32_t y, int32_t x) {
 }
 
 AUGMENT_FN bool has_area(const int32_t* box) { return box[2] > 0 && box[3] > 0; }
+
+// ---- geometry ----
+
+// A place along a side of n pixels, mirrored at the centres of its end pixels until it lies in [0, n).
+AUGMENT_FN int32_t reflected(int32_t place, int32_t n) {
+    if (n == 1) return 0;
+    const int32_t period = 2 * (n - 1), rest = place % period, inside = rest < 0 ? rest + period : rest;
+    return inside < n ? inside : period - inside;
+}
+
+// Whether row i is resized, not cropped.
+AUGMENT_FN bool resizes(const Args& a, int64_t i) { return a.resized_crop && has_area(a.resized_crop + 4 * i); }
 
 // ---- color ----
 
@@ -71,6 +90,27 @@ AUGMENT_FN int32_t saturation_base(int32_t gray_value, int32_t factor) { return 
 
 AUGMENT_FN int32_t contrast_base(int64_t gray_sum, int64_t area, int32_t factor) {
     return int32_t((((gray_sum << 16) / area) * int64_t(kOne - factor)) >> 16);
+}
+
+// The pixel with its hue moved by shift turns, 16.16, in [-1/2, 1/2]. Hues are in sixths of a turn, times the chroma.
+AUGMENT_FN void turn_hue(int32_t shift, uint8_t& r, uint8_t& g, uint8_t& b) {
+    const int32_t red = r, green = g, blue = b;
+    const int32_t more = red > green ? red : green, top = more > blue ? more : blue;
+    const int32_t less = red < green ? red : green, bottom = less < blue ? less : blue;
+    const int32_t chroma = top - bottom, one = chroma << 16, turn = 6 * one;
+    int32_t hue = green == top ? 2 * chroma + blue - red : 4 * chroma + red - green;
+    hue = (red == top ? green - blue : hue) * 65536 + chroma * (6 * shift);
+    hue += hue < 0 ? turn : 0;
+    hue -= hue >= turn ? turn : 0;
+    int32_t channel[3];
+    for (int c = 0; c < 3; ++c) {
+        int32_t k = hue + (5 - 2 * c) * one;
+        k -= k >= turn ? turn : 0;
+        k = k < 4 * one - k ? k : 4 * one - k;
+        k = k < one ? k : one;
+        channel[c] = ((top << 16) - (k > 0 ? k : 0) + (1 << 15)) >> 16;
+    }
+    r = uint8_t(channel[0]), g = uint8_t(channel[1]), b = uint8_t(channel[2]);
 }
 
 // ---- float ----
@@ -161,7 +201,7 @@ AUGMENT_FN void noise_angle(uint32_t word, float& cosine, float& sine) {
     sine = (quarter & 2) ? -odd : odd;
 }
 
-// Three N(0, 1) numbers for the channels of one pixel (y W + x), by Box and Muller.
+// Three N(0, 1) numbers for the channels of one pixel (y W + x), or box of remode "rand", by Box and Muller.
 AUGMENT_FN void noise(uint32_t pixel, uint32_t key_low, uint32_t key_high, float& red, float& green, float& blue) {
     uint32_t w0, w1, w2, w3;
     philox(pixel, key_low, key_high, w0, w1, w2, w3);
@@ -178,10 +218,13 @@ AUGMENT_FN void noise(uint32_t pixel, uint32_t key_low, uint32_t key_high, float
 
 // ---- launchers ----
 
-// csrc/cpu/augment.cpp. `workspace` has augment_workspace(H', W', num_threads) bytes, 64-byte aligned.
-int64_t augment_workspace(int64_t height, int64_t width, int num_threads);
+// Bytes of Args::workspace; source_h, source_w: of the images where rows are resized, else 0. count: num_threads on the
+// CPU, B on a GPU, which needs none where nothing is resized.
+int64_t augment_workspace(int64_t source_h, int64_t source_w, int64_t height, int64_t width, int64_t count);
+
+// csrc/cpu/augment.cpp
 bool augment_valid(const augment::Args& args);  // whether every index, label, box, ... is in the plan's range
-void augment_fwd(const augment::Args& args, void* workspace, int num_threads);
+void augment_fwd(const augment::Args& args, int num_threads);
 
 // csrc/cuda/augment.cu. Clamps what it does not check. Returns the launch's cudaError_t.
 int augment_fwd(const augment::Args& args, void* stream);

@@ -27,13 +27,29 @@ def boxes(generator: torch.Generator, shape: tuple[int, ...], H: int, W: int) ->
     return torch.stack([y0, x0, (y1 - y0) * keep, x1 - x0], dim=-1).int()
 
 
+def source_boxes(generator: torch.Generator, B: int, H: int, W: int) -> Tensor:
+    """(B, 4) int32 boxes of a source: a pixel, the whole image, or anything in between; a quarter without area."""
+    box = boxes(generator, (B,), H, W)
+    whole = torch.rand(B, generator=generator) < 0.2
+    box = torch.where(whole[:, None], torch.tensor([0, 0, H, W]), box)
+    pixel = torch.rand(B, generator=generator) < 0.1
+    box = torch.where(pixel[:, None], torch.tensor([H - 1, W // 2, 1, 1]), box)
+    return (box * (torch.rand(B, 1, generator=generator) < 0.9)).int()
+
+
 def random_plan(B: int, M: int, source: tuple[int, int], size: tuple[int, int], recount: int = 2, remode: str = "const",
-                seed: int = 0) -> Plan:
-    """A plan of B rows over M images; partners are arbitrary, half of the rows do not jitter, lambdas reach 0 and 1."""
+                seed: int = 0, resizes: bool = True, hue: bool = True) -> Plan:
+    """A plan of B rows over M images; partners are arbitrary, half of the rows do not jitter, lambdas reach 0 and 1.
+
+    Two thirds of the rows are resized, unless `resizes` is false; J is 4 with `hue`. Odd seeds reflect the padding.
+    """
     g = torch.Generator().manual_seed(seed)
+    J = 4 if hue else 3
     factors = torch.randint(3 * 65536, (B, 3), generator=g)
     factors[::5] = torch.randint((64 << 16) + 1, (len(factors[::5]), 3), generator=g)
     factors[torch.rand(B, 3, generator=g) < 0.4] = 65536
+    shifts = torch.randint(-32768, 32769, (B, J - 3), generator=g)
+    shifts[torch.rand(B, J - 3, generator=g) < 0.3] = 0
     lam = torch.rand(B, generator=g)
     lam[torch.rand(B, generator=g) < 0.3] = 1.0
     lam[torch.rand(B, generator=g) < 0.1] = 0.0
@@ -48,8 +64,11 @@ def random_plan(B: int, M: int, source: tuple[int, int], size: tuple[int, int], 
     low, high = -torch.tensor(size), torch.tensor(source)
     far = torch.rand(B, 2, generator=g) < 0.1
     crop = torch.where(far, torch.where(torch.rand(B, 2, generator=g) < 0.5, low, high), crop).clamp(low, high)
+    resized = source_boxes(g, B, *source) if resizes else torch.zeros((0, 4), dtype=torch.int32)
     return Plan(
-        index=torch.randint(max(M, 1), (B,), generator=g), crop=crop.int(), flip=torch.rand(B, generator=g) < 0.5,
-        jitter_order=torch.rand(B, 3, generator=g).argsort(1).to(torch.uint8), jitter=factors.int(),
+        index=torch.randint(max(M, 1), (B,), generator=g), resized_crop=resized,
+        bicubic=torch.rand(B, generator=g) < 0.5, crop=crop.int(), flip=torch.rand(B, generator=g) < 0.5, vflip=torch.rand(B, generator=g) < 0.3,
+        jitter_order=torch.rand(B, J, generator=g).argsort(1).to(torch.uint8),
+        jitter=torch.cat([factors, shifts], dim=1).int(), grayscale=torch.rand(B, generator=g) < 0.2,
         erase=boxes(g, (B, recount), *size), noise_key=torch.randint(-2**63, 2**63 - 1, (B,), generator=g),
-        partner=partner, lam=lam, cut=cut, remode=remode)
+        partner=partner, lam=lam, cut=cut, remode=remode, padding_mode="reflect" if seed % 2 else "constant")

@@ -7,10 +7,13 @@ roundings by construction. The reference itself is tested against torchvision an
 from __future__ import annotations
 
 import importlib
+import os
 from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from augment_plans import MEAN, STD, random_images, random_plan
@@ -22,6 +25,7 @@ from deit_fast.ops.augment import OP
 from deit_fast.ops.augment_values import check_values
 from needs import skip_or_fail
 
+EXAMPLES = int(os.environ.get("DEIT_FAST_EXAMPLES", "100"))
 NATIVE = [backend for backend in ("cpu", "cuda") if backend in OP.offers]
 NOISE = 2e-6  # |native - reference| of one N(0, 1) number: some roundings of 5.8, the largest there is
 
@@ -36,6 +40,9 @@ GRID = [  # B, source, output, layout, recount
     (4, (96, 80), (64, 65), "chw", 1),
     (3, (40, 1200), (3, 1100), "hwc", 1),
     (3, (224, 224), (224, 224), "chw", 1),
+    (2, (28, 28), (384, 384), "chw", 1),
+    (3, (384, 384), (28, 28), "hwc", 1),
+    (3, (250, 187), (224, 224), "chw", 1),
 ]
 
 
@@ -73,6 +80,37 @@ def test_equal_to_reference(native: str, B: int, source, size, layout: str, reco
     inputs = batch(B, source, size, layout, recount, seed=seed)
     (x, t), (expected, targets) = both(native, inputs, size)
     assert torch.equal(x, expected) and torch.equal(t, targets)
+
+
+@pytest.mark.parametrize("J", [3, 4])
+@pytest.mark.parametrize("resizes", [False, True])
+@pytest.mark.parametrize(("layout", "padding_mode"), [("chw", "constant"), ("hwc", "reflect"), ("chw", "reflect")])
+def test_each_shape_of_a_plan(native: str, layout: str, padding_mode: str, resizes: bool, J: int) -> None:
+    """Without resized rows, without hue, and with either; reflected padding far outside too."""
+    M, source, size = 40, (29, 33), (31, 30)
+    for seed in range(2):
+        plan = random_plan(33, M, source, size, seed=seed, resizes=resizes, hue=J == 4)
+        inputs = random_images(M, *source, layout), torch.arange(M) % 10, replace(plan, padding_mode=padding_mode)
+        (x, t), (expected, targets) = both(native, inputs, size)
+        assert torch.equal(x, expected) and torch.equal(t, targets)
+
+
+def test_rand_erasing(native: str) -> None:
+    for seed in range(3):
+        inputs = batch(20, (32, 30), (33, 32), "chw", 3, "rand", seed)
+        (x, _), (expected, _) = both(native, inputs, (33, 32))
+        assert (x - expected).abs().max() <= NOISE
+        constant, _ = both(native, (*inputs[:2], replace(inputs[2], remode="const")), (33, 32))
+        assert not torch.equal(x, constant[0])
+
+
+def test_grayscale_sources(native: str) -> None:
+    """A gray image is one plane, expanded to three channels without a copy."""
+    gray = random_images(9, 30, 28)[:, :1]
+    plan = random_plan(8, 9, (30, 28), (24, 26), seed=2)
+    for images in (gray.expand(-1, 3, -1, -1), gray.permute(0, 2, 3, 1).expand(-1, -1, -1, 3)):
+        (x, _), (expected, _) = both(native, (images, torch.arange(9), plan), (24, 26))
+        assert torch.equal(x, expected)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -121,11 +159,13 @@ def test_noise_near_its_limits(native: str) -> None:
 def test_sampled_plans(native: str, mode: str, B: int) -> None:
     recipe = Recipe(crop_pad=4, hflip=0.5, brightness=0.4, contrast=0.4, saturation=0.4, reprob=0.5, remode="const",
                     mixup=0.8, cutmix=1.0, mixup_mode=mode)
+    resized = replace(recipe, rrc=True, interpolation="random", vflip=0.5, hue=0.3, grayscale=0.2)
     images, labels = random_images(20, 32, 32), torch.arange(20) % 10
-    epoch = sample_plan(recipe, torch.arange(4 * B) % 20, 0, 0, B, 32)
-    for start in range(0, 4 * B, B):
-        (x, t), (expected, targets) = both(native, (images, labels, epoch[start:start + B]), None)
-        assert torch.equal(x, expected) and torch.equal(t, targets)
+    for drawn in (recipe, replace(recipe, padding_mode="reflect"), resized):
+        epoch = sample_plan(drawn, torch.arange(4 * B) % 20, 0, 0, B, 32)
+        for start in range(0, 4 * B, B):
+            (x, t), (expected, targets) = both(native, (images, labels, epoch[start:start + B]), None)
+            assert torch.equal(x, expected) and torch.equal(t, targets)
 
 
 @pytest.mark.parametrize("view", ["channels_last", "cropped", "strided", "reversed channels"])
@@ -181,6 +221,48 @@ def test_instruction_sets_agree(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(x, results[i % 2])
 
 
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_random_plans(data: st.DataObject) -> None:
+    """Any shapes, layouts and plans in range: the CPU kernel equals the reference."""
+    if cpu.why_not():
+        skip_or_fail("cpu", cpu.why_not())
+    side = st.integers(1, 70)
+    B, source, size = data.draw(st.tuples(st.integers(0, 9), st.tuples(side, side), st.tuples(side, side)))
+    M, recount, seed = B + 1, data.draw(st.integers(0, 3)), data.draw(st.integers(0, 2**20))
+    plan = random_plan(B, M, source, size, recount, data.draw(st.sampled_from(["const", "rand", "pixel"])), seed,
+                       data.draw(st.booleans()), data.draw(st.booleans()))
+    images = random_images(M, *source, data.draw(st.sampled_from(["chw", "hwc"])), seed)
+    inputs = images, torch.arange(M) % 10, plan
+    (x, t), (expected, targets) = both("cpu", inputs, size, channels_last=data.draw(st.booleans()))
+    assert torch.equal(t, targets) and (x.shape[0] == 0 or (x - expected).abs().max() <= NOISE)
+    if plan.remode == "const":
+        assert torch.equal(x, expected)
+
+
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_random_plans_out_of_range(data: st.DataObject) -> None:
+    """One value anywhere in an int32: refused by its name, or, where it happens to be in range, right numbers."""
+    if cpu.why_not():
+        skip_or_fail("cpu", cpu.why_not())
+    images, labels, plan = batch(3, (9, 12), (10, 8), "chw", 2, seed=data.draw(st.integers(0, 100)))
+    names = [name for name, tensor in plan.tensors().items() if tensor.dtype not in (torch.bool, torch.float32)]
+    name = data.draw(st.sampled_from([name for name in names if name != "noise_key"]))
+    tensor = getattr(plan, name).clone()
+    near, far = st.integers(-40, 40), st.integers(-2**31, 2**31 - 1)
+    value = data.draw(st.integers(0, 255) if tensor.dtype == torch.uint8 else st.one_of(near, far))
+    tensor.view(-1)[data.draw(st.integers(0, tensor.numel() - 1))] = value
+    plan = replace(plan, **{name: tensor})
+    try:
+        x, t = ops.augment(images, labels, plan, MEAN, STD, 10, (10, 8), backend="cpu")
+    except ValueError as error:
+        assert f"plan.{name}" in str(error)
+    else:
+        expected, targets = ops.augment(images, labels, plan, MEAN, STD, 10, (10, 8), backend="reference")
+        assert torch.equal(x, expected) and torch.equal(t, targets)
+
+
 # ---- compiled and registered ----
 
 def test_compiles_without_a_break() -> None:
@@ -215,9 +297,13 @@ BAD_VALUES = [  # field, row, value, how the message begins
     ("index", 2, -1, r"plan.index must be in \[0, 8\], got -1 in row 2"), ("index", 0, 9, "plan.index"),
     ("crop", 1, -33, r"plan.crop \(y\) must be in \[-32, 32\], got -33 in row 1"),
     ("crop", 1, 2**31 - 1, r"plan.crop \(y\)"),
-    ("jitter_order", 3, 0, "plan.jitter_order must be a permutation of 0, 1, 2"),
+    ("resized_crop", 1, 33, r"plan.resized_crop must be boxes \(y, x, h, w\) inside 32x32"),
+    ("resized_crop", 0, -1, "plan.resized_crop"),
+    ("jitter_order", 3, 0, "plan.jitter_order must be a permutation of 0, 1, 2, 3, got"),
     ("jitter_order", 3, 255, "plan.jitter_order"),
     ("jitter", 3, -1, "plan.jitter must be in"), ("jitter", 0, (64 << 16) + 1, "plan.jitter"),
+    ("jitter", (2, 3), 32769, r"plan.jitter \(hue\) must be in \[-32768, 32768\]"),
+    ("jitter", (0, 3), -32769, r"plan.jitter \(hue\)"),
     ("erase", 1, 33, r"plan.erase must be boxes \(y, x, h, w\) inside 32x32"), ("erase", 1, -1, "plan.erase"),
     ("erase", 1, 2**31 - 1, "plan.erase"),
     ("partner", 3, 4, r"plan.partner must be in \[0, 3\], got 4 in row 3"), ("partner", 0, -(2**63), "plan.partner"),
@@ -229,13 +315,13 @@ BAD_VALUES = [  # field, row, value, how the message begins
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize(("field", "row", "value", "text"), BAD_VALUES)
-def test_values_are_refused_by_name(backend: str, field: str, row: int, value, text: str) -> None:
+def test_values_are_refused_by_name(backend: str, field: str, row: int | tuple[int, int], value, text: str) -> None:
     if OP.why_not_here(backend):
         skip_or_fail(backend, OP.why_not_here(backend))
     images, labels, plan = batch(4, (32, 32), (32, 32), "chw", 1)
     images, labels = images[:9], labels[:9]
     tensor = getattr(plan, field).clone()
-    tensor[(row, *(0,) * (tensor.dim() - 1))] = value
+    tensor[row if isinstance(row, tuple) else (row, *(0,) * (tensor.dim() - 1))] = value
     if field == "jitter_order":
         tensor[row, 1:] = value
     with pytest.raises(ValueError, match=f"augment: {text}"):
@@ -257,14 +343,15 @@ def test_kernel_and_message_agree_on_what_is_wrong() -> None:
     if cpu.why_not():
         skip_or_fail("cpu", cpu.why_not())
     generator, refused = torch.Generator().manual_seed(0), 0
-    for seed in range(150):
+    for seed in range(210):
         images, labels, plan = batch(3, (9, 12), (10, 8), "chw", 2, seed=seed)
-        name, tensor = list(plan.tensors().items())[seed % 10]
+        name, tensor = list(plan.tensors().items())[seed % 14]
         tensor = tensor.clone()
         flat = tensor.view(-1)
         at = int(torch.randint(len(flat), (), generator=generator))
         if tensor.dtype != torch.bool:
-            flat[at] += int(torch.randint(-12, 13, (), generator=generator))
+            spread = 30_000 if name == "jitter" else 12
+            flat[at] += int(torch.randint(-spread, spread + 1, (), generator=generator))
         plan = replace(plan, **{name: tensor})
         try:
             check_values(images, labels, list(plan.tensors().values()), 10, 10, 8)
@@ -275,7 +362,7 @@ def test_kernel_and_message_agree_on_what_is_wrong() -> None:
             assert str(caught.value) == str(error)
         else:
             ops.augment(images, labels, plan, MEAN, STD, 10, (10, 8), backend="cpu")
-    assert 20 < refused < 140
+    assert 20 < refused < 190
 
 
 @pytest.mark.parametrize(("change", "error", "text"), [
@@ -292,7 +379,14 @@ def test_kernel_and_message_agree_on_what_is_wrong() -> None:
     ({"crop": torch.zeros(3, 2)}, TypeError, "plan.crop must be a tensor of torch.int32"),
     ({"crop": torch.zeros(2, 2, dtype=torch.int32)}, ValueError, r"plan.crop must have shape \(3, 2\), got \(2, 2\)"),
     ({"erase": torch.zeros(3, 4, dtype=torch.int32)}, TypeError, r"plan.erase must be \(B, recount, 4\) int32"),
-    ({"remode": "rand"}, ValueError, "plan.remode must be 'pixel' or 'const', got 'rand'"),
+    ({"resized_crop": torch.zeros(2, 4, dtype=torch.int32)}, ValueError, r"plan.resized_crop must have shape \(3, 4\)"),
+    ({"resized_crop": torch.zeros(0, 3, dtype=torch.int32)}, ValueError, r"plan.resized_crop must have shape \(0, 4\)"),
+    ({"jitter": torch.zeros(3, 3, dtype=torch.int32)}, ValueError, r"plan.jitter_order must have shape \(3, 3\)"),
+    ({"jitter": torch.zeros(3, 5, dtype=torch.int32)}, ValueError, r"plan.jitter_order must have shape \(3, 3\)"),
+    ({"vflip": torch.zeros(3)}, TypeError, "plan.vflip must be a tensor of torch.bool"),
+    ({"grayscale": torch.zeros(2, dtype=torch.bool)}, ValueError, r"plan.grayscale must have shape \(3,\)"),
+    ({"remode": "noise"}, ValueError, "plan.remode must be 'pixel', 'rand' or 'const', got 'noise'"),
+    ({"padding_mode": "edge"}, ValueError, "plan.padding_mode must be 'constant' or 'reflect', got 'edge'"),
     ({"mean": (0.5,)}, ValueError, "mean must be 3 finite numbers"),
     ({"std": (0.5, 0.0, 0.5)}, ValueError, "std must be 3 finite positive numbers"),
     ({"num_classes": 0}, ValueError, "num_classes must be 1 or more"),

@@ -14,13 +14,14 @@ import pytest
 import torch
 from scipy import stats
 
-from deit_fast.data import augmentation
+from deit_fast.data import draw as draws
 from deit_fast.data.augmentation import Plan, Recipe, epoch_order, neutral_plan, sample_plan
 from deit_fast.ops.augment_values import check_values
 
 N = 40_000
 FULL = Recipe(crop_pad=4, hflip=0.5, brightness=0.4, contrast=0.3, saturation=0.2, reprob=0.6, recount=2, mixup=0.8,
               cutmix=1.0, mixup_prob=0.9, mixup_mode="elem")
+RESIZED = replace(FULL, rrc=True, interpolation="random", vflip=0.3, hue=0.1, grayscale=0.2)
 P_MIN = 1e-4
 
 
@@ -31,7 +32,7 @@ def draw(recipe: Recipe, n: int = N, batch_size: int = 64, size=32, **kw) -> Pla
 def assert_equal(a: Plan, b: Plan) -> None:
     for name, tensor in a.tensors().items():
         assert tensor.dtype == b.tensors()[name].dtype and torch.equal(tensor, b.tensors()[name]), name
-    assert a.remode == b.remode
+    assert (a.remode, a.padding_mode) == (b.remode, b.padding_mode)
 
 
 def assert_uniform(values: torch.Tensor, low: int, high: int) -> None:
@@ -49,8 +50,9 @@ def assert_rate(hits: torch.Tensor, p: float) -> None:
 
 @pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
-def test_epoch_sliced_equals_batches_alone(mode: str, batch_size: int) -> None:
-    recipe, order = replace(FULL, mixup_mode=mode), epoch_order(150, 5, 2)  # 150: the last batch is short, odd for 7
+@pytest.mark.parametrize("full", [FULL, RESIZED, replace(RESIZED, alternating_flip=True)])
+def test_epoch_sliced_equals_batches_alone(full: Recipe, mode: str, batch_size: int) -> None:
+    recipe, order = replace(full, mixup_mode=mode), epoch_order(150, 5, 2)  # 150: the last batch is short, odd for 7
     epoch = sample_plan(recipe, order, 5, 2, batch_size, (32, 24))
     for start in range(0, 150, batch_size):
         rows = slice(start, start + batch_size)
@@ -58,17 +60,19 @@ def test_epoch_sliced_equals_batches_alone(mode: str, batch_size: int) -> None:
         assert_equal(epoch[rows], alone)
 
 
-def test_another_epoch_or_seed_is_another_plan() -> None:
-    base = draw(FULL, 512)
-    for other in (draw(FULL, 512, epoch=2), draw(FULL, 512, seed=4), draw(FULL, 512, seed=3 + 2**32)):
-        for name in set(base.tensors()) - {"index"}:
+@pytest.mark.parametrize(("recipe", "unused"), [(FULL, "resized_crop bicubic vflip grayscale"), (RESIZED, "crop")])
+def test_another_epoch_or_seed_is_another_plan(recipe: Recipe, unused: str) -> None:
+    base = draw(recipe, 512)
+    for other in (draw(recipe, 512, epoch=2), draw(recipe, 512, seed=4), draw(recipe, 512, seed=3 + 2**32)):
+        for name in set(base.tensors()) - {"index", *unused.split()}:
             assert not torch.equal(base.tensors()[name], other.tensors()[name]), name
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU is available")
 @pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
-def test_devices_agree(mode: str) -> None:
-    recipe = replace(FULL, mixup_mode=mode)
+@pytest.mark.parametrize("full", [FULL, RESIZED])
+def test_devices_agree(full: Recipe, mode: str) -> None:
+    recipe = replace(full, mixup_mode=mode)
     assert_equal(draw(recipe), draw(recipe, device="cuda").to("cpu"))
 
 
@@ -81,6 +85,31 @@ def test_fields_do_not_share_random_words() -> None:
     correlation[9:12, 9:12] = 0  # the entries of a permutation depend on each other,
     correlation[12:, 12:] = 0  # and so do a box's sides and the places where it fits
     assert correlation.abs().max() < 5 / math.sqrt(N)
+
+
+def test_new_fields_do_not_share_random_words() -> None:
+    plan = draw(replace(RESIZED, hflip=0.5, alternating_flip=True))
+    y, x, h, w = plan.resized_crop.double().unbind(1)
+    place_y, place_x = y / (32 - h).clamp(min=1), x / (32 - w).clamp(min=1)
+    drawn = (h * w, h / w, place_y, place_x, plan.bicubic, plan.vflip, plan.grayscale, plan.flip,
+             *plan.jitter.unbind(1), *plan.jitter_order[:, 2:].unbind(1))
+    columns = torch.stack([t.double() for t in drawn])
+    correlation = torch.corrcoef(columns).fill_diagonal_(0)
+    correlation[:4, :4] = 0  # a box's sides, and the places where it fits, depend on each other
+    correlation[-2:, -2:] = 0
+    assert correlation.abs().max() < 5 / math.sqrt(N)
+
+
+def test_plans_of_before_stay_the_same() -> None:
+    """The fields that were there first keep their counters and tables: the sum was taken before the others came."""
+    plan = draw(FULL, 64, size=(32, 24))
+    names = ("index", "crop", "flip", "jitter_order", "jitter", "erase", "partner", "lam", "cut")
+    values = torch.cat([getattr(plan, name).double().flatten() for name in names])
+    weights = torch.arange(1, len(values) + 1, dtype=torch.float64).sin()
+    assert (values @ weights).item() == pytest.approx(-61525.267183549535, rel=1e-12)
+    hue = draw(replace(FULL, hue=0.1), 64, size=(32, 24))
+    assert torch.equal(hue.jitter[:, :3], plan.jitter)
+    assert torch.equal(hue.jitter_order[hue.jitter_order != 3].view(64, 3), plan.jitter_order)
 
 
 def test_recipe_that_draws_nothing_is_neutral() -> None:
@@ -115,6 +144,85 @@ def test_color_jitter() -> None:
         assert low - 1e-5 <= factors.min() and factors.max() <= high + 1e-5
         assert stats.kstest(factors.numpy(), "uniform", (low, high - low)).pvalue > P_MIN
     assert (draw(Recipe(contrast=0.4)).jitter[:, [0, 2]] == 65536).all()
+
+
+def test_hue_joins_the_order() -> None:
+    plan = draw(replace(FULL, hue=0.2))
+    code = plan.jitter_order.long() @ torch.tensor([64, 16, 4, 1])
+    values, counts = code.unique(return_counts=True)
+    assert len(values) == 24 and stats.chisquare(counts).pvalue > P_MIN
+    assert (plan.jitter_order.sort(1).values == torch.arange(4)).all()
+    turns = plan.jitter[:, 3].double() / 65536
+    assert turns.abs().max() <= 0.2 + 1e-5
+    assert stats.kstest(turns.numpy(), "uniform", (-0.2, 0.4)).pvalue > P_MIN
+    most = draw(Recipe(hue=0.5)).jitter
+    assert most[:, 3].abs().max() <= 32768 and (most[:, :3] == 65536).all()
+    assert draw(Recipe(contrast=0.5)).jitter.shape == (N, 3)
+
+
+def test_switches() -> None:
+    plan = draw(Recipe(vflip=0.3, grayscale=0.2))
+    assert_rate(plan.vflip, 0.3)
+    assert_rate(plan.grayscale, 0.2)
+    assert_rate(plan.vflip & plan.grayscale, 0.06)
+    assert not plan.flip.any() and not draw(Recipe(vflip=1.0)).grayscale.any()
+
+
+def test_alternating_flip() -> None:
+    """airbench's: a side by chance in the first epoch, the other one in every next; it belongs to the image."""
+    recipe = Recipe(hflip=0.3, alternating_flip=True)
+    first = draw(recipe, epoch=0).flip
+    assert_rate(first, 0.3)
+    assert torch.equal(draw(recipe, epoch=1).flip, ~first) and torch.equal(draw(recipe, epoch=4).flip, first)
+    order = epoch_order(N, 3, 2)
+    assert torch.equal(sample_plan(recipe, order, 3, 2, 64, 32).flip, first[order])
+    assert not torch.equal(draw(recipe, epoch=0, seed=4).flip, first)
+    assert not draw(Recipe(alternating_flip=True)).flip.any()
+
+
+# ---- resized crops ----
+
+def torchvision_boxes(n: int, H: int, W: int, scale, ratio) -> torch.Tensor:
+    """(n, 4) boxes (y, x, h, w) by torchvision's own sampling."""
+    from torchvision.transforms import RandomResizedCrop
+
+    image = torch.empty((1, H, W))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return torch.tensor([RandomResizedCrop.get_params(image, list(scale), list(ratio)) for _ in range(n)])
+
+
+@pytest.mark.parametrize(("H", "W", "scale", "ratio"), [
+    (64, 64, (0.08, 1.0), (3 / 4, 4 / 3)), (48, 100, (0.5, 1.0), (0.9, 1.1)), (300, 20, (0.08, 1.0), (3 / 4, 4 / 3)),
+    (40, 400, (0.3, 1.0), (0.5, 2.0))])
+def test_resized_crop_boxes(H: int, W: int, scale: tuple[float, float], ratio: tuple[float, float]) -> None:
+    """Against torchvision's get_params; the last two shapes often need the central crop."""
+    boxes = draw(Recipe(rrc=True, scale=scale, ratio=ratio), 12_000, size=32, source_size=(H, W)).resized_crop.long()
+    theirs = torchvision_boxes(4_000, H, W, scale, ratio)
+    y, x, h, w = boxes.unbind(1)
+    assert (boxes >= 0).all() and (h > 0).all() and (w > 0).all() and (y + h <= H).all() and (x + w <= W).all()
+    for name, of in {"area": lambda b: b[:, 2] * b[:, 3], "aspect": lambda b: b[:, 2] / b[:, 3],
+                     "y": lambda b: b[:, 0], "x": lambda b: b[:, 1]}.items():
+        assert stats.ks_2samp(of(boxes).numpy(), of(theirs).numpy()).pvalue > P_MIN, name
+    central = theirs[(theirs[:, 0] == (H - theirs[:, 2]) // 2) & (theirs[:, 1] == (W - theirs[:, 3]) // 2)]
+    if H / W > 4 or W / H > 4:
+        fallback = central.mode(0).values
+        rates = [[(b == fallback).all(1).sum().item(), (b != fallback).any(1).sum().item()] for b in (boxes, theirs)]
+        assert stats.fisher_exact(rates).pvalue > P_MIN
+
+
+def test_interpolation_is_drawn() -> None:
+    assert_rate(draw(Recipe(rrc=True, interpolation="random")).bicubic, 0.5)
+    assert draw(Recipe(rrc=True)).bicubic.all() and not draw(Recipe(rrc=True, interpolation="bilinear")).bicubic.any()
+    assert draw(FULL, 64).resized_crop.shape == (0, 4)
+
+
+def test_geometry_of_workers_is_left_out() -> None:
+    plan = draw(replace(RESIZED, padding_mode="reflect"), 64)
+    rest = plan.without_geometry()
+    assert len(rest.resized_crop) == 0 and not (rest.flip | rest.vflip).any() and (rest.crop == 0).all()
+    for name in ("index", "jitter_order", "jitter", "grayscale", "erase", "noise_key", "partner", "lam", "cut"):
+        assert torch.equal(getattr(rest, name), getattr(plan, name)), name
 
 
 # ---- erasing: point 19 ----
@@ -167,7 +275,7 @@ def test_noise_keys_differ() -> None:
 def test_beta_table(alpha: float) -> None:
     from scipy.special import betaincinv
 
-    table = augmentation._beta_table(alpha, torch.device("cpu"))
+    table = draws.beta_table(alpha, torch.device("cpu"))
     u = (np.arange(65536) + 0.5) / 65536
     assert np.abs(table.numpy() - betaincinv(alpha, alpha, u)).max() < 1e-7
 
@@ -279,8 +387,9 @@ def test_repeated_augmentation(n: int) -> None:
 
 @pytest.mark.parametrize(("H", "W"), [(1, 1), (2, 3), (28, 28), (17, 96), (224, 224)])
 @pytest.mark.parametrize("minmax", [None, (0.0, 1.0), (0.5, 0.5)])
-def test_plans_are_in_range(H: int, W: int, minmax) -> None:
-    recipe = replace(FULL, crop_pad=min(H, W), brightness=63.0, reprob=1.0, cutmix_minmax=minmax)
+@pytest.mark.parametrize("rrc", [False, True])
+def test_plans_are_in_range(H: int, W: int, minmax, rrc: bool) -> None:
+    recipe = replace(FULL, crop_pad=min(H, W), brightness=63.0, hue=0.5, reprob=1.0, cutmix_minmax=minmax, rrc=rrc)
     plan = draw(recipe, 999, size=(H, W))
     images, labels = torch.zeros((999, 3, H, W), dtype=torch.uint8), torch.zeros(999, dtype=torch.int64)
     for batch in (plan[slice(k, k + 64)] for k in range(0, 999, 64)):
@@ -289,8 +398,12 @@ def test_plans_are_in_range(H: int, W: int, minmax) -> None:
 
 @pytest.mark.parametrize(("bad", "text"), [
     ({"hflip": 1.5}, "hflip"), ({"brightness": -1}, "brightness"), ({"mixup": -0.1}, "mixup"),
-    ({"recount": 0}, "recount"), ({"remode": "rand"}, "remode"), ({"mixup_mode": "half"}, "mixup_mode"),
+    ({"recount": 0}, "recount"), ({"remode": "noise"}, "remode"), ({"mixup_mode": "half"}, "mixup_mode"),
     ({"cutmix_minmax": (0.5, 0.2)}, "cutmix_minmax"),
+    ({"hue": 0.6}, "hue"), ({"grayscale": -0.1}, "grayscale"), ({"vflip": 2}, "vflip"),
+    ({"scale": (0.5, 0.1)}, "scale"),
+    ({"scale": (0.0, 1.0)}, "scale"), ({"ratio": (2.0, 1.0)}, "ratio"), ({"padding_mode": "edge"}, "padding_mode"),
+    ({"interpolation": "nearest"}, "interpolation"),
     ({"crop_pad": -1}, "crop_pad"), ({"reprob": float("nan")}, "reprob")])
 def test_recipes_are_refused_by_name(bad: dict, text: str) -> None:
     with pytest.raises(ValueError, match=f"Recipe: {text} must be"):

@@ -17,7 +17,10 @@ OPTIONS = {
     "data_set": "auto", "data_path": None, "download": True, "input_size": None, "val_split": 0.1, "batch_size": 64,
     "eval_batch_size": 256, "data_loading": "auto", "workers": 2, "repeated_aug": False, "aug_repeats": 3,
     "skip_bad_images": False, "data_seed": 0,
-    "aug": True, "crop_pad": 0, "hflip": 0.0, "color_jitter": 0.0, "aa": "none", "reprob": 0.0, "remode": "pixel",
+    "aug": True, "train_crop_mode": "none", "scale": [0.08, 1.0], "ratio": [3 / 4, 4 / 3],
+    "train_interpolation": "bicubic", "crop_pad": 0, "padding_mode": "constant", "hflip": 0.0,
+    "alternating_flip": False, "vflip": 0.0, "color_jitter": 0.0, "hue": 0.0, "grayscale_prob": 0.0, "aa": "none",
+    "reprob": 0.0, "remode": "pixel",
     "recount": 1, "mixup": 0.0, "cutmix": 0.0, "cutmix_minmax": None, "mixup_prob": 1.0, "mixup_switch_prob": 0.5,
     "mixup_mode": "batch", "mixup_off_epoch": 0, "smoothing": 0.0,
     "model": "deit_nano_distilled_patch4_32", "tokens": None, "drop": None, "attn_drop": 0.0, "drop_path": 0.0,
@@ -37,11 +40,12 @@ ALIASES = {"data_set": ("--dataset",), "data_path": ("--data-dir",), "input_size
            "batch_size": ("-b",), "workers": ("-j", "--num-workers")}
 CHOICES = {
     "data_set": "auto cifar10 cifar100 folder digits", "data_loading": "auto resident stream",
-    "remode": "pixel const", "mixup_mode": "batch pair elem",
+    "remode": "pixel rand const", "mixup_mode": "batch pair elem",
     "tokens": "cls cls+cls cls+dist", "distillation_type": "none soft hard", "teacher_stem": "auto imagenet cifar",
     "distillation_reduction": "batchmean numel", "teacher_weights": "none DEFAULT", "opt": "adam adamw sgd",
     "sched": "constant cosine step", "teacher_logits": "auto online stored", "amp_dtype": "bfloat16 float16",
-    "eval_metric": "top1 top5 auc f1 precision recall loss",
+    "eval_metric": "top1 top5 auc f1 precision recall loss", "train_crop_mode": "none rrc auto",
+    "train_interpolation": "bilinear bicubic random", "padding_mode": "constant reflect",
 }
 TEXTS = {"data_path": "/d", "aa": "rand-m9-mstd0.5-inc1", "model": "deit_tiny_distilled_patch4_32",
          "finetune": "w.pt", "teacher_model": "resnet18", "teacher_path": "t.pt", "teacher_cache": "/c",
@@ -129,7 +133,7 @@ def test_none_unsets_what_may_be_unset(s):
     if s.optional:
         words = [s.flag, *written(sample(s)), s.flag, "none", "--distillation-type", "none"]
         assert flat(c.parse(words))[s.name] is None
-    elif s.kind is not bool and s.name not in ("aa", "distillation_type", "teacher_weights") and not (
+    elif s.kind is not bool and "none" not in s.choices and s.name != "aa" and not (
             s.kind is str and not s.choices and not s.pattern):
         with pytest.raises(ConfigError, match=s.flag):
             c.parse([s.flag, "none"])
@@ -236,7 +240,8 @@ def test_deit_paper_is_table_9():
         smoothing=0.1, clip_grad=None, repeated_aug=True, aug_repeats=3, aa="rand-m9-mstd0.5-inc1", color_jitter=0.0,
         mixup=0.8, cutmix=1.0, cutmix_minmax=None, mixup_prob=1.0, mixup_switch_prob=0.5, mixup_mode="batch",
         reprob=0.25, remode="pixel", recount=1, distillation_type="hard", distillation_alpha=0.5, model_ema=True,
-        model_ema_decay=0.99996)
+        model_ema_decay=0.99996, train_crop_mode="auto", scale=[0.08, 1.0], ratio=[3 / 4, 4 / 3],
+        train_interpolation="bicubic")
     got = flat(c.parse(["--preset", "deit-paper"]))
     assert {k: got[k] for k in table} == table
 

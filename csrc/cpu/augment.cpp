@@ -1,8 +1,8 @@
 // Augmentation of a batch on the CPU: crop, flip, color, normalise, erase, mix, and the targets.
 //
-// A thread takes one image at a time. Its uint8 pixels are gathered into a planar tile, changed there in place
-// (contrast needs the whole image's mean), and turned into floats strip by strip: strips of about a thousand pixels
-// keep everything after the tile in the first-level cache at any image size. An image and its mixing partner are
+// A thread takes one image at a time. Its uint8 pixels are gathered into a planar tile (augment_tile.h), changed there
+// in place (contrast needs the whole image's mean), and turned into floats strip by strip: strips of about a thousand
+// pixels keep everything after the tile in the first-level cache at any image size. An image and its mixing partner are
 // prepared together and, when they are each other's partners (MixUp's reversed batch), written together, so that no
 // image is prepared twice.
 #include "augment.h"
@@ -11,14 +11,11 @@
 #include <algorithm>
 
 #include "augment_noise.h"
+#include "augment_tile.h"
 
 namespace {
 
 using namespace augment;
-
-constexpr int64_t kStrip = 1024;  // pixels; 2 images x 3 channels x 4 bytes = 24 KiB of a 32 or 48 KiB cache
-
-int64_t padded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 int64_t strip_pixels(int64_t width) { return std::max(kStrip / width, int64_t(1)) * width; }
 
@@ -28,102 +25,8 @@ int64_t strip_plane(int64_t width) { return strip_pixels(width) + kLanes; }  // 
 
 int64_t strip_bytes(int64_t width) { return padded(3 * strip_plane(width) * 4); }
 
-int64_t thread_workspace(int64_t height, int64_t width) {
-    return 2 * tile_bytes(height, width) + 2 * strip_bytes(width);
-}
-
-// ---- the uint8 tile (3, H', W') of one image ----
-
-// Rows are short: a call of memcpy would cost more than the copy.
-void copy_row(uint8_t* dst, const uint8_t* src, int32_t n) {
-    for (; n >= 32; n -= 32, dst += 32, src += 32) memcpy(dst, src, 32);
-    for (int32_t x = 0; x < n; ++x) dst[x] = src[x];
-}
-
-void copy_row_reversed(uint8_t* dst, const uint8_t* src, int32_t n) {
-    int32_t x = 0;
-    for (; x + 32 <= n; x += 32)
-        for (int k = 0; k < 32; ++k) dst[x + k] = src[n - 1 - x - k];
-    for (; x < n; ++x) dst[x] = src[n - 1 - x];
-}
-
-void load_tile(const Args& a, int64_t i, uint8_t* tile) {
-    const int32_t H = a.height, W = a.width, y0 = a.crop[2 * i], x0 = a.crop[2 * i + 1];
-    const int64_t area = int64_t(H) * W;
-    const uint8_t* image = a.images + a.index[i] * a.stride_m;
-    const bool flip = a.flip[i];
-    const int32_t first_y = std::clamp(-y0, 0, H), last_y = std::clamp(a.source_h - y0, first_y, H);
-    const int32_t first_x = std::clamp(-x0, 0, W), last_x = std::clamp(a.source_w - x0, first_x, W);
-    const int32_t n = last_x - first_x, start = flip ? W - last_x : first_x;
-    if (n < W || last_y - first_y < H) memset(tile, 0, 3 * area);
-    if (n == 0) return;
-    if (!flip && a.stride_x == 1 && a.stride_y == W && n == W) {
-        for (int c = 0; c < 3; ++c)
-            memcpy(tile + c * area + int64_t(first_y) * W, image + c * a.stride_c + int64_t(first_y + y0) * W,
-                   int64_t(last_y - first_y) * W);
-        return;
-    }
-    for (int32_t y = first_y; y < last_y; ++y) {
-        const uint8_t* src = image + (y + y0) * a.stride_y + (first_x + x0) * a.stride_x;
-        uint8_t* dst = tile + int64_t(y) * W + start;
-        if (a.stride_x == 1) {
-            for (int c = 0; c < 3; ++c) (flip ? copy_row_reversed : copy_row)(dst + c * area, src + c * a.stride_c, n);
-            continue;
-        }
-        const int64_t step = flip ? -a.stride_x : a.stride_x;
-        if (flip) src += (n - 1) * a.stride_x;
-        uint8_t *red = dst, *green = dst + area, *blue = dst + 2 * area;
-        if (a.stride_c == 1 && step == 3) {
-#pragma omp simd
-            for (int32_t x = 0; x < n; ++x) red[x] = src[3 * x], green[x] = src[3 * x + 1], blue[x] = src[3 * x + 2];
-        } else if (a.stride_c == 1 && step == -3) {
-#pragma omp simd
-            for (int32_t x = 0; x < n; ++x) red[x] = src[-3 * x], green[x] = src[-3 * x + 1], blue[x] = src[-3 * x + 2];
-        } else {
-            for (int32_t x = 0; x < n; ++x)
-                for (int c = 0; c < 3; ++c) dst[c * area + x] = src[c * a.stride_c + x * step];
-        }
-    }
-}
-
-void blend_all(uint8_t* __restrict tile, int64_t n, int32_t factor, int32_t base) {
-#pragma omp simd
-    for (int64_t p = 0; p < n; ++p) tile[p] = blend(tile[p], factor, base);
-}
-
-int64_t gray_sum(const uint8_t* __restrict tile, int64_t area) {
-    int64_t total = 0;
-    for (int64_t from = 0; from < area; from += kStrip) {  // a strip's sum fits an int32
-        int32_t sum = 0;
-        const int64_t to = std::min(from + kStrip, area);
-#pragma omp simd reduction(+ : sum)
-        for (int64_t p = from; p < to; ++p) sum += gray(tile[p], tile[area + p], tile[2 * area + p]);
-        total += sum;
-    }
-    return total;
-}
-
-void saturate(uint8_t* __restrict tile, int64_t area, int32_t factor) {
-    uint8_t *__restrict red = tile, *__restrict green = tile + area, *__restrict blue = tile + 2 * area;
-#pragma omp simd
-    for (int64_t p = 0; p < area; ++p) {
-        const int32_t base = saturation_base(gray(red[p], green[p], blue[p]), factor);
-        red[p] = blend(red[p], factor, base);
-        green[p] = blend(green[p], factor, base);
-        blue[p] = blend(blue[p], factor, base);
-    }
-}
-
-void jitter_tile(const Args& a, int64_t i, uint8_t* tile) {
-    const int64_t area = int64_t(a.height) * a.width;
-    for (int step = 0; step < 3; ++step) {
-        const int kind = a.jitter_order[3 * i + step];
-        const int32_t factor = a.jitter[3 * i + kind];
-        if (factor == kOne) continue;  // exactly the identity
-        if (kind == kBrightness) blend_all(tile, 3 * area, factor, 0);
-        if (kind == kContrast) blend_all(tile, 3 * area, factor, contrast_base(gray_sum(tile, area), area, factor));
-        if (kind == kSaturation) saturate(tile, area, factor);
-    }
+int64_t thread_workspace(int64_t source_h, int64_t source_w, int64_t height, int64_t width) {
+    return 2 * tile_bytes(height, width) + 2 * strip_bytes(width) + resize_bytes(source_h, source_w, height, width);
 }
 
 // ---- strips of floats: three planes, strip_plane(W') apart ----
@@ -141,9 +44,18 @@ void load_strip(const Args& a, int64_t i, const uint8_t* tile, int32_t y0, int32
     for (int64_t r = 0; r < a.R; ++r) {
         const int32_t* box = a.erase + 4 * (a.R * i + r);
         if (!has_area(box)) continue;
+        float color[3] = {};
+        if (a.remode == kRand) {
+            const uint64_t key = uint64_t(a.noise_key[i]);
+            noise(uint32_t(r), uint32_t(key), uint32_t(key >> 32), color[0], color[1], color[2]);
+        }
         for (int32_t y = std::max(y0, box[0]); y < std::min(y1, box[0] + box[2]); ++y) {
             float* row = strip + int64_t(y - y0) * a.width + box[1];
-            erase_row(a, i, row, row + plane, row + 2 * plane, y, box[1], box[3]);
+            if (a.remode == kPixel) {
+                erase_row(a, i, row, row + plane, row + 2 * plane, y, box[1], box[3]);
+            } else {
+                for (int c = 0; c < 3; ++c) std::fill_n(row + c * plane, box[3], color[c]);
+            }
         }
     }
 }
@@ -228,12 +140,9 @@ void augment_image(const Args& a, int64_t i, char* workspace) {
     auto own_tile = reinterpret_cast<uint8_t*>(workspace), other_tile = own_tile + tile_bytes(a.height, a.width);
     auto own = reinterpret_cast<float*>(workspace + 2 * tile_bytes(a.height, a.width));
     auto other = own + strip_bytes(a.width) / 4;
-    load_tile(a, i, own_tile);
-    jitter_tile(a, i, own_tile);
-    if (needs_other) {
-        load_tile(a, j, other_tile);
-        jitter_tile(a, j, other_tile);
-    }
+    char* scratch = reinterpret_cast<char*>(other) + strip_bytes(a.width);
+    load_tile(a, i, own_tile, scratch);
+    if (needs_other) load_tile(a, j, other_tile, scratch);
     const int32_t rows = int32_t(strip_pixels(a.width) / a.width);
     for (int32_t y0 = 0; y0 < a.height; y0 += rows) {
         const int32_t y1 = std::min(y0 + rows, a.height);
@@ -244,15 +153,15 @@ void augment_image(const Args& a, int64_t i, char* workspace) {
     }
 }
 
-bool box_inside(const Args& a, const int32_t* box) {
-    return box[0] >= 0 && box[1] >= 0 && box[2] >= 0 && box[3] >= 0 && int64_t(box[0]) + box[2] <= a.height &&
-           int64_t(box[1]) + box[3] <= a.width;
+bool box_inside(int32_t height, int32_t width, const int32_t* box) {
+    return box[0] >= 0 && box[1] >= 0 && box[2] >= 0 && box[3] >= 0 && int64_t(box[0]) + box[2] <= height &&
+           int64_t(box[1]) + box[3] <= width;
 }
 
 }  // namespace
 
-int64_t augment_workspace(int64_t height, int64_t width, int num_threads) {
-    return thread_workspace(height, width) * num_threads;
+int64_t augment_workspace(int64_t source_h, int64_t source_w, int64_t height, int64_t width, int64_t num_threads) {
+    return thread_workspace(source_h, source_w, height, width) * num_threads;
 }
 
 bool augment_valid(const augment::Args& a) {
@@ -263,23 +172,25 @@ bool augment_valid(const augment::Args& a) {
         const int32_t y = a.crop[2 * i], x = a.crop[2 * i + 1];
         if (y < -a.height || y > a.source_h || x < -a.width || x > a.source_w) return false;
         int kinds = 0;
-        for (int k = 0; k < 3; ++k) {
-            const int32_t factor = a.jitter[3 * i + k], kind = a.jitter_order[3 * i + k];
-            if (factor < 0 || factor > kMaxFactor || kind > kSaturation) return false;
+        for (int64_t k = 0; k < a.J; ++k) {
+            const int32_t factor = a.jitter[a.J * i + k], kind = a.jitter_order[a.J * i + k];
+            if (factor < (k == kHue ? -kMaxShift : 0) || factor > (k == kHue ? kMaxShift : kMaxFactor)) return false;
+            if (kind >= a.J) return false;
             kinds |= 1 << kind;
         }
-        if (kinds != 7 || !box_inside(a, a.cut + 4 * i)) return false;
+        if (kinds != (1 << a.J) - 1 || !box_inside(a.height, a.width, a.cut + 4 * i)) return false;
+        if (a.resized_crop && !box_inside(a.source_h, a.source_w, a.resized_crop + 4 * i)) return false;
         for (int64_t r = 0; r < a.R; ++r)
-            if (!box_inside(a, a.erase + 4 * (a.R * i + r))) return false;
+            if (!box_inside(a.height, a.width, a.erase + 4 * (a.R * i + r))) return false;
     }
     return true;
 }
 
-void augment_fwd(const augment::Args& a, void* workspace, int num_threads) {
-    const int64_t bytes = thread_workspace(a.height, a.width);
+void augment_fwd(const augment::Args& a, int num_threads) {
+    const int64_t bytes = thread_workspace(a.resized_crop ? a.source_h : 0, a.source_w, a.height, a.width);
 #pragma omp parallel num_threads(num_threads)
     {
-        char* mine = static_cast<char*>(workspace) + bytes * omp_get_thread_num();
+        char* mine = static_cast<char*>(a.workspace) + bytes * omp_get_thread_num();
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < a.B; ++i) {
             augment_image(a, i, mine);

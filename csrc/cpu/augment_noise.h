@@ -59,23 +59,21 @@ inline void philox_row(uint32_t first, uint32_t key_low, uint32_t key_high, uint
     }
 }
 
-// Fills w pixels from (y, x) of the strip's planes with noise or 0; touches, unchanged, up to kLanes - 1 floats more.
+// Fills w pixels from (y, x) of the strip's planes with noise; touches, unchanged, up to kLanes - 1 floats more.
 inline void erase_row(const Args& a, int64_t i, float* red, float* green, float* blue, int32_t y, int32_t x,
                       int32_t w) {
     const uint64_t key = uint64_t(a.noise_key[i]);
     const uint32_t low = uint32_t(key), high = uint32_t(key >> 32);
     for (int32_t from = 0; from < w; from += kLanes) {
         const int32_t n = std::min(w - from, int32_t(kLanes));
-        float radius[2][kLanes] = {}, cosine[2][kLanes] = {}, sine[2][kLanes] = {};
-        if (a.pixel_noise) {
-            uint32_t words[4][kLanes];
-            philox_row(uint32_t(y) * uint32_t(a.width) + uint32_t(x + from), low, high, words);
-            for (int pair = 0; pair < 2; ++pair) {  // small loops: GCC gives up on larger ones
+        float radius[2][kLanes], cosine[2][kLanes], sine[2][kLanes];
+        uint32_t words[4][kLanes];
+        philox_row(uint32_t(y) * uint32_t(a.width) + uint32_t(x + from), low, high, words);
+        for (int pair = 0; pair < 2; ++pair) {  // small loops: GCC gives up on larger ones
 #pragma omp simd
-                for (int k = 0; k < kLanes; ++k) radius[pair][k] = noise_radius(words[2 * pair][k]);
+            for (int k = 0; k < kLanes; ++k) radius[pair][k] = noise_radius(words[2 * pair][k]);
 #pragma omp simd
-                for (int k = 0; k < kLanes; ++k) noise_angle(words[2 * pair + 1][k], cosine[pair][k], sine[pair][k]);
-            }
+            for (int k = 0; k < kLanes; ++k) noise_angle(words[2 * pair + 1][k], cosine[pair][k], sine[pair][k]);
         }
 #pragma omp simd
         for (int k = 0; k < kLanes; ++k) {  // whole vectors again: lanes beyond the box write what they read

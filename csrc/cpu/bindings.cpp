@@ -54,13 +54,12 @@ void bind_gemm_ops(pybind11::module_& m);  // layernorm_linear, linear_residual,
 void bind_attention(pybind11::module_& m);
 
 PYBIND11_MODULE(DEIT_FAST_MODULE, m) {
-    m.attr("interface") = 1;  // as in deit_fast/kernels/cpu/__init__.py; counts up when what is defined here changes
+    m.attr("interface") = 2;  // as in deit_fast/kernels/cpu/__init__.py; counts up when what is defined here changes
     m.def("supported_isas", &supported_isas);
     bind_attention(m);
-    m.def("augment_workspace", &augment_workspace);
-    bind_augment(m, [](const augment::Args& args, void* workspace, int num_threads) {
+    bind_augment(m, [](const augment::Args& args, void*, int num_threads) {
         const bool valid = augment_valid(args);
-        if (valid) augment_fwd(args, workspace, num_threads);
+        if (valid) augment_fwd(args, num_threads);
         return valid;
     });
     bind_gemm_ops(m);

@@ -2,12 +2,14 @@
 //
 // A pixel is computed straight from the uint8 source: crop and flip are an address, the color operations are functions
 // of the pixel once contrast's mean is known, and the mixing partner is the same computation for another row of the
-// plan. Only an image whose contrast changes is read twice: the block first sums the gray values of what contrast will
-// see. Values are clamped into range, never checked, so that nothing waits for the GPU; the arithmetic is augment.h's,
-// as on the CPU.
+// plan. Rows that are resized are made first, by resize.cuh's two kernels, as uint8 tiles that then serve as source.
+// Only an image whose contrast changes is read twice: the block first sums the gray values of what contrast will see.
+// Values are clamped into range, never checked, so that nothing waits for the GPU; the arithmetic is augment.h's, as on
+// the CPU.
 #include <cuda_runtime.h>
 
 #include "augment.h"
+#include "resize.cuh"
 
 namespace {
 
@@ -15,29 +17,36 @@ using namespace augment;
 
 constexpr int THREADS = 256;
 
-// One row of the plan, ready for any of its pixels.
+// One row of the plan, ready for any of its pixels. STEPS color operations: 4 where the hue changes, else 3.
+template <int STEPS>
 struct Row {
     const uint8_t* image;
-    int32_t crop_y, crop_x, flip;
-    int32_t kind[3], factor[3], base[3];  // color operations in order; base is unused by saturation
+    int64_t stride_c, stride_y, stride_x;
+    int32_t source_h, source_w, crop_y, crop_x, flip, vflip, grayscale;
+    int32_t kind[STEPS], factor[STEPS], base[STEPS];  // in order; base is unused by saturation and hue
     const int32_t* erase;
     uint32_t key_low, key_high;
 };
 
-template <class T>
-__device__ T clamp(T x, T low, T high) {
-    return x < low ? low : x > high ? high : x;
-}
-
-__device__ Row load_row(const Args& a, int64_t i) {
-    Row row;
-    row.image = a.images + clamp(a.index[i], int64_t(0), a.M - 1) * a.stride_m;
-    row.crop_y = clamp(a.crop[2 * i], -a.height, a.source_h);
-    row.crop_x = clamp(a.crop[2 * i + 1], -a.width, a.source_w);
-    row.flip = a.flip[i];
-    for (int step = 0; step < 3; ++step) {
-        row.kind[step] = clamp(int32_t(a.jitter_order[3 * i + step]), 0, 2);
-        row.factor[step] = clamp(a.jitter[3 * i + row.kind[step]], 0, kMaxFactor);
+template <int STEPS>
+__device__ Row<STEPS> load_row(const Args& a, int64_t i) {
+    Row<STEPS> row;
+    if (resizes(a, i)) {
+        row = {tile_of(a, i), int64_t(a.height) * a.width, a.width, 1, a.height, a.width};
+    } else {
+        row = {a.images + clamp(a.index[i], int64_t(0), a.M - 1) * a.stride_m, a.stride_c, a.stride_y, a.stride_x,
+               a.source_h, a.source_w};
+        row.crop_y = clamp(a.crop[2 * i], -a.height, a.source_h);
+        row.crop_x = clamp(a.crop[2 * i + 1], -a.width, a.source_w);
+        row.flip = a.flip[i], row.vflip = a.vflip[i];
+    }
+    row.grayscale = a.grayscale[i];
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+        const int32_t kind = clamp(int32_t(a.jitter_order[STEPS * i + step]), 0, STEPS - 1);
+        const int32_t factor = a.jitter[STEPS * i + kind];
+        row.kind[step] = kind;
+        row.factor[step] = kind == kHue ? clamp(factor, -kMaxShift, kMaxShift) : clamp(factor, 0, kMaxFactor);
         row.base[step] = 0;
     }
     row.erase = a.erase + 4 * a.R * i;
@@ -51,20 +60,29 @@ struct Color {
 };
 
 // Pixel (y, x) after crop, flip and the first `steps` color operations.
-__device__ Color color(const Args& a, const Row& row, int32_t y, int32_t x, int steps) {
-    const int32_t source_y = y + row.crop_y, source_x = (row.flip ? a.width - 1 - x : x) + row.crop_x;
+template <int STEPS>
+__device__ Color color(const Args& a, const Row<STEPS>& row, int32_t y, int32_t x, int steps) {
+    int32_t source_y = (row.vflip ? a.height - 1 - y : y) + row.crop_y;
+    int32_t source_x = (row.flip ? a.width - 1 - x : x) + row.crop_x;
+    if (a.reflect) source_y = reflected(source_y, row.source_h), source_x = reflected(source_x, row.source_w);
     Color v = {};
-    if (source_y >= 0 && source_y < a.source_h && source_x >= 0 && source_x < a.source_w) {
-        const uint8_t* at = row.image + source_y * a.stride_y + source_x * a.stride_x;
-        for (int c = 0; c < 3; ++c) v.c[c] = at[c * a.stride_c];
+    if (source_y >= 0 && source_y < row.source_h && source_x >= 0 && source_x < row.source_w) {
+        const uint8_t* at = row.image + source_y * row.stride_y + source_x * row.stride_x;
+        for (int c = 0; c < 3; ++c) v.c[c] = at[c * row.stride_c];
     }
 #pragma unroll
-    for (int step = 0; step < 3; ++step) {
-        if (step >= steps || row.factor[step] == kOne) continue;
+    for (int step = 0; step < STEPS; ++step) {
+        const int32_t kind = row.kind[step], factor = row.factor[step];
+        if (step >= steps || factor == (kind == kHue ? 0 : kOne)) continue;
+        if (STEPS > kHue && kind == kHue) {
+            turn_hue(factor, v.c[0], v.c[1], v.c[2]);
+            continue;
+        }
         int32_t base = row.base[step];
-        if (row.kind[step] == kSaturation) base = saturation_base(gray(v.c[0], v.c[1], v.c[2]), row.factor[step]);
-        for (int c = 0; c < 3; ++c) v.c[c] = blend(v.c[c], row.factor[step], base);
+        if (kind == kSaturation) base = saturation_base(gray(v.c[0], v.c[1], v.c[2]), factor);
+        for (int c = 0; c < 3; ++c) v.c[c] = blend(v.c[c], factor, base);
     }
+    if (steps == STEPS && row.grayscale) v.c[0] = v.c[1] = v.c[2] = uint8_t(gray(v.c[0], v.c[1], v.c[2]));
     return v;
 }
 
@@ -81,10 +99,11 @@ __device__ int64_t block_sum(int64_t x) {
 }
 
 // Fills in contrast's base; all threads of the block must call it. A plan in range has one contrast step.
-__device__ void find_contrast(const Args& a, Row& row) {
+template <int STEPS>
+__device__ void find_contrast(const Args& a, Row<STEPS>& row) {
     const int64_t area = int64_t(a.height) * a.width;
 #pragma unroll
-    for (int step = 0; step < 3; ++step) {
+    for (int step = 0; step < STEPS; ++step) {
         if (row.kind[step] != kContrast || row.factor[step] == kOne) continue;  // the same for the whole block
         int64_t sum = 0;
         for (int64_t p = threadIdx.x; p < area; p += THREADS) {
@@ -96,18 +115,19 @@ __device__ void find_contrast(const Args& a, Row& row) {
 }
 
 // Normalised and erased channels of pixel (y, x).
-__device__ void pixel(const Args& a, const Row& row, int32_t y, int32_t x, float* value) {
-    bool erased = false;
-    for (int64_t r = 0; r < a.R; ++r) erased |= in_box(row.erase + 4 * r, y, x);
-    if (erased) {
+template <int STEPS>
+__device__ void pixel(const Args& a, const Row<STEPS>& row, int32_t y, int32_t x, float* value) {
+    int64_t box = -1;
+    for (int64_t r = 0; r < a.R; ++r) box = in_box(row.erase + 4 * r, y, x) ? r : box;  // the last one counts
+    if (box >= 0) {
         value[0] = value[1] = value[2] = 0.0f;
-        if (a.pixel_noise) {
-            const uint32_t p = uint32_t(y) * uint32_t(a.width) + uint32_t(x);
+        if (a.remode != kConst) {
+            const uint32_t p = a.remode == kRand ? uint32_t(box) : uint32_t(y) * uint32_t(a.width) + uint32_t(x);
             noise(p, row.key_low, row.key_high, value[0], value[1], value[2]);
         }
         return;
     }
-    const Color v = color(a, row, y, x, 3);
+    const Color v = color(a, row, y, x, STEPS);
     for (int c = 0; c < 3; ++c) value[c] = normalise(v.c[c], a.scale[c], a.bias[c]);
 }
 
@@ -129,7 +149,7 @@ struct Output<kFloat16> {
     static __device__ uint16_t from(float x) { return to_float16(x); }
 };
 
-template <int DTYPE>
+template <int DTYPE, int STEPS>
 __global__ void __launch_bounds__(THREADS) augment_fwd_kernel(const Args a) {
     using T = typename Output<DTYPE>::type;
     const int64_t i = blockIdx.x, area = int64_t(a.height) * a.width;
@@ -137,11 +157,11 @@ __global__ void __launch_bounds__(THREADS) augment_fwd_kernel(const Args a) {
     const float lam = fminf(fmaxf(a.lam[i], 0.0f), 1.0f);
     const int32_t* cut = a.cut + 4 * i;
     const bool cuts = has_area(cut), mixes = !cuts && lam != 1.0f;
-    Row own = load_row(a, i);
+    auto own = load_row<STEPS>(a, i);
     find_contrast(a, own);
-    Row other = own;
+    auto other = own;
     if (cuts || mixes) {
-        other = load_row(a, j);
+        other = load_row<STEPS>(a, j);
         find_contrast(a, other);
     }
     T* out = static_cast<T*>(a.out) + 3 * i * area;
@@ -164,13 +184,27 @@ __global__ void __launch_bounds__(THREADS) augment_fwd_kernel(const Args a) {
     }
 }
 
+template <int STEPS>
+void launch(const Args& a, cudaStream_t stream) {
+    const auto grid = unsigned(a.B);
+    if (a.dtype == kFloat32) augment_fwd_kernel<kFloat32, STEPS><<<grid, THREADS, 0, stream>>>(a);
+    if (a.dtype == kBFloat16) augment_fwd_kernel<kBFloat16, STEPS><<<grid, THREADS, 0, stream>>>(a);
+    if (a.dtype == kFloat16) augment_fwd_kernel<kFloat16, STEPS><<<grid, THREADS, 0, stream>>>(a);
+}
+
 }  // namespace
 
+int64_t augment_workspace(int64_t source_h, int64_t source_w, int64_t height, int64_t width, int64_t B) {
+    return source_h ? resize_bytes(source_h, source_w, height, width, B) : 0;
+}
+
 int augment_fwd(const augment::Args& a, void* stream) {
-    const auto grid = unsigned(a.B);
     const auto on = static_cast<cudaStream_t>(stream);
-    if (a.dtype == kFloat32) augment_fwd_kernel<kFloat32><<<grid, THREADS, 0, on>>>(a);
-    if (a.dtype == kBFloat16) augment_fwd_kernel<kBFloat16><<<grid, THREADS, 0, on>>>(a);
-    if (a.dtype == kFloat16) augment_fwd_kernel<kFloat16><<<grid, THREADS, 0, on>>>(a);
+    if (a.resized_crop) resize(a, on);
+    if (a.J == 4) {
+        launch<4>(a, on);
+    } else {
+        launch<3>(a, on);
+    }
     return cudaGetLastError();
 }

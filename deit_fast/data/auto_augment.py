@@ -26,6 +26,7 @@ import re
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ from torch.utils.data import Dataset
 
 from deit_fast.data.augmentation import Plan
 from deit_fast.errors import ConfigError
+from deit_fast.reference.geometry import geometry
 
 TOP_LEVEL = 30  # torchvision counts levels 0..30
 TIMM_TOP = 10.0  # timm counts magnitudes 0..10
@@ -93,15 +95,16 @@ def _parse_rand(name: str) -> tuple[int, float, float, float]:
 
 
 class PolicyBatches(Dataset):
-    """Item k: the images of batch k of an epoch, (B, 3, *size) uint8, after crop, flip and policy, DeiT's order.
+    """Item k: the images of batch k of an epoch, (B, 3, *size) uint8, after crop, flips and policy, DeiT's order.
 
-    Crop and flip come from the epoch's plan, so they must not be applied again. Runs in worker processes: it uses plain
-    torch and torchvision only, none of our kernels, because OpenMP does not survive the fork.
+    batches: whose item k is the images of batch k, (B, 3, H, W) uint8. plan: what happens to them, N samples on the
+    CPU. Its geometry must not be applied again (`Plan.without_geometry`). Runs in worker processes: it uses plain torch and
+    torchvision only, none of our kernels, because OpenMP does not survive the fork.
     """
 
-    def __init__(self, images: Tensor, plan: Plan, policy: Policy, batch_size: int, size: tuple[int, int],
+    def __init__(self, batches: Dataset, plan: Plan, policy: Policy, batch_size: int, size: tuple[int, int],
                  data_seed: int, epoch: int) -> None:
-        self.images, self.plan, self.policy = images, plan, policy  # images: (M, 3, H, W) uint8, plan: N samples, CPU
+        self.batches, self.plan, self.policy = batches, plan, policy
         self.batch_size, self.size = batch_size, size
         self.data_seed, self.epoch = data_seed, epoch
 
@@ -111,22 +114,14 @@ class PolicyBatches(Dataset):
     def __getitem__(self, batch: int) -> Tensor:
         first = batch * self.batch_size
         last = min(first + self.batch_size, len(self.plan))
-        out = torch.empty((last - first, 3, *self.size), dtype=torch.uint8)
         with torch.random.fork_rng(devices=[]), _one_thread():
-            for position in range(first, last):
+            rows = self.plan[first:last]
+            own = replace(rows, index=torch.arange(len(rows)))
+            images = geometry(self.batches[batch], own, *self.size).permute(0, 3, 1, 2).contiguous()
+            for image, position in zip(images, range(first, last)):  # (3, *size)
                 torch.default_generator.manual_seed(position_seed(self.data_seed, self.epoch, position))
-                out[position - first] = self.policy(self._cropped(position))
-        return out
-
-    def _cropped(self, position: int) -> Tensor:
-        """(3, *size) uint8: the image of that position after the plan's crop and flip; black outside the source."""
-        image = self.images[self.plan.index[position]]
-        (y, x), (h, w) = self.plan.crop[position].tolist(), self.size
-        left, top = max(0, -x), max(0, -y)
-        inside = image[:, max(0, y) : max(0, y + h), max(0, x) : max(0, x + w)]
-        out = image.new_zeros(3, h, w)
-        out[:, top : top + inside.shape[1], left : left + inside.shape[2]] = inside
-        return out.flip(-1) if self.plan.flip[position] else out
+                image.copy_(self.policy(image))
+        return images
 
 
 @contextmanager

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from deit_fast.data.augmentation import Recipe, sample_plan
 from deit_fast.data.files import ImageFiles
 from deit_fast.errors import DataError
 
@@ -42,6 +43,40 @@ class StoredBatches(Dataset):
 
     def __getitem__(self, batch: int) -> Tensor:
         return self.images[self.index[batch * self.batch_size : (batch + 1) * self.batch_size]]
+
+
+class ResizedCropBatches(Dataset):
+    """Item k: batch k after RandomResizedCrop of each image from its file at its own size, (B, 3, *size) uint8.
+
+    The box of a position is what `sample_plan` draws there for an image of that height and width, so it too is a
+    function of (data seed, epoch, position); torchvision resizes it. Arguments are those of StoredBatches and of
+    `sample_plan`.
+    """
+
+    def __init__(self, images: ImageFiles, index: Tensor, batch_size: int, recipe: Recipe, size: tuple[int, int],
+                 data_seed: int, epoch: int) -> None:
+        self.images, self.index, self.batch_size, self.size = images, index, batch_size, size
+        self.recipe = Recipe(rrc=True, scale=recipe.scale, ratio=recipe.ratio, interpolation=recipe.interpolation)
+        self.data_seed, self.epoch = data_seed, epoch
+
+    def __len__(self) -> int:
+        return -(-len(self.index) // self.batch_size)
+
+    def __getitem__(self, batch: int) -> Tensor:
+        first = batch * self.batch_size
+        positions = range(first, min(first + self.batch_size, len(self.index)))
+        return torch.stack([self._cropped(position) for position in positions])
+
+    def _cropped(self, position: int) -> Tensor:
+        """(3, *size) uint8."""
+        from torchvision.transforms.v2 import InterpolationMode
+        from torchvision.transforms.v2.functional import resized_crop
+
+        image = self.images.original(int(self.index[position]))  # (3, h, w)
+        plan = sample_plan(self.recipe, self.index[position : position + 1], self.data_seed, self.epoch, 1, self.size,
+                           position, source_size=tuple(image.shape[1:]))
+        mode = InterpolationMode.BICUBIC if plan.bicubic[0] else InterpolationMode.BILINEAR
+        return resized_crop(image, *plan.resized_crop[0].tolist(), list(self.size), mode, antialias=True)
 
 
 class _WithErrors(Dataset):

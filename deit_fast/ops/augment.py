@@ -2,8 +2,8 @@
 
 Per-image pipelines spend their time between operators: torchvision's runs some twenty of them per image, and MixUp
 another handful per batch. Here the decisions are drawn beforehand (`data.augmentation.sample_plan`) and one pass over
-the pixels applies them all, in DeiT's order: crop, flip, color, normalise, erase, mix. reference/augment.py is the
-specification.
+the pixels applies them all, in DeiT's order: crop or resize, flip, color, normalise, erase, mix. reference/augment.py
+and reference/geometry.py are the specification.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from deit_fast import reference
 from deit_fast.backend import Op
-from deit_fast.reference.augment import output_size, source_size
+from deit_fast.reference.augment import output_size
+from deit_fast.reference.geometry import source_size
 
 from .augment_values import check_values
 from .registration import launchers, register
@@ -29,12 +30,15 @@ if TYPE_CHECKING:
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_SIDE = 1 << 15  # coordinates, box sides and pixel numbers stay well inside an int32
 
-# The plan's tensors but for erase, (B, recount, 4) int32: name, dtype, shape after (B,).
+# The plan's tensors: name, dtype, shape after (B,); None where it may be one of several (see _check_plan).
 COLUMNS = (
-    ("index", torch.int64, ()), ("crop", torch.int32, (2,)), ("flip", torch.bool, ()),
-    ("jitter_order", torch.uint8, (3,)), ("jitter", torch.int32, (3,)), ("noise_key", torch.int64, ()),
-    ("partner", torch.int64, ()), ("lam", torch.float32, ()), ("cut", torch.int32, (4,)),
+    ("index", torch.int64, ()), ("resized_crop", torch.int32, None), ("bicubic", torch.bool, ()),
+    ("crop", torch.int32, (2,)), ("flip", torch.bool, ()), ("vflip", torch.bool, ()),
+    ("jitter_order", torch.uint8, None), ("jitter", torch.int32, None), ("grayscale", torch.bool, ()),
+    ("erase", torch.int32, None), ("noise_key", torch.int64, ()), ("partner", torch.int64, ()),
+    ("lam", torch.float32, ()), ("cut", torch.int32, (4,)),
 )
+REMODES, PADDING_MODES = ("pixel", "rand", "const"), ("constant", "reflect")
 
 _CHECK = os.environ.get("DEIT_FAST_CHECK") == "1"  # check values on GPUs too, at the price of a synchronisation
 _offers, _modules = launchers("augment", ("cpu", "cuda"))
@@ -71,10 +75,9 @@ def augment(images: Tensor, labels: Tensor, plan: Plan, mean: Sequence[float], s
     height, width = output_size(images, size)
     if not 0 < min(height, width) <= max(height, width) <= MAX_SIDE:
         _refuse(f"size must be 1 to {MAX_SIDE} pixels a side, got {height}x{width}")
-    tensors = [plan.index, plan.crop, plan.flip, plan.jitter_order, plan.jitter, plan.erase, plan.noise_key,
-               plan.partner, plan.lam, plan.cut]
-    call = (images, labels, tensors, plan.remode, list(mean), list(std), num_classes, height, width, smoothing, dtype,
-            channels_last)
+    tensors = [getattr(plan, name) for name, _, _ in COLUMNS]
+    call = (images, labels, tensors, plan.remode, plan.padding_mode, list(mean), list(std), num_classes, height, width,
+            smoothing, dtype, channels_last)
     chosen = OP.select(backend, *call)
     if chosen != "reference":
         return _operator(*call, chosen)
@@ -98,14 +101,7 @@ def _check(images: Tensor, labels: Tensor, plan: Plan, mean: Sequence[float], st
     if M == 0 and B > 0:
         _refuse(f"there are no images for a plan of {B} rows")
     _check_tensor("labels", labels, torch.int64, (M,), device)
-    for column, column_dtype, rest in COLUMNS:
-        _check_tensor("plan." + column, getattr(plan, column), column_dtype, (B, *rest), device)
-    erase = plan.erase
-    if erase.dim() != 3 or erase.dtype != torch.int32:
-        raise TypeError(f"augment: plan.erase must be (B, recount, 4) int32, got {tuple(erase.shape)} {erase.dtype}.")
-    _check_tensor("plan.erase", erase, torch.int32, (B, erase.shape[1], 4), device)
-    if plan.remode not in ("pixel", "const"):
-        _refuse(f"plan.remode must be 'pixel' or 'const', got {plan.remode!r}")
+    _check_plan(plan, B, device)
     if len(mean) != 3 or not all(map(math.isfinite, mean)):
         _refuse(f"mean must be 3 finite numbers, got {tuple(mean)}")
     if len(std) != 3 or not all(map(math.isfinite, std)) or min(std) <= 0:
@@ -116,6 +112,27 @@ def _check(images: Tensor, labels: Tensor, plan: Plan, mean: Sequence[float], st
         _refuse(f"smoothing must be in [0, 1), got {smoothing}")
     if dtype not in DTYPES:
         raise TypeError(f"augment: dtype must be float32, bfloat16 or float16, got {dtype}.")
+
+
+def _check_plan(plan: Plan, B: int, device: torch.device) -> None:
+    jitter = (B, 4 if plan.jitter.shape[-1:] == (4,) else 3)
+    shapes = {"resized_crop": (len(plan.resized_crop) and B, 4), "jitter_order": jitter, "jitter": jitter}
+    for name, dtype, rest in COLUMNS:
+        if name != "erase":
+            shape = shapes[name] if rest is None else (B, *rest)
+            _check_tensor("plan." + name, getattr(plan, name), dtype, shape, device)
+    erase = plan.erase
+    if erase.dim() != 3 or erase.dtype != torch.int32:
+        raise TypeError(f"augment: plan.erase must be (B, recount, 4) int32, got {tuple(erase.shape)} {erase.dtype}.")
+    _check_tensor("plan.erase", erase, torch.int32, (B, erase.shape[1], 4), device)
+    if plan.remode not in REMODES:
+        _refuse(f"plan.remode must be {_either(REMODES)}, got {plan.remode!r}")
+    if plan.padding_mode not in PADDING_MODES:
+        _refuse(f"plan.padding_mode must be {_either(PADDING_MODES)}, got {plan.padding_mode!r}")
+
+
+def _either(names: tuple[str, ...]) -> str:
+    return ", ".join(map(repr, names[:-1])) + f" or {names[-1]!r}"
 
 
 def _check_tensor(what: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> None:
@@ -147,28 +164,28 @@ def _new_outputs(images: Tensor, B: int, num_classes: int, height: int, width: i
     return out, images.new_empty((B, num_classes), dtype=torch.float32)
 
 
-def _impl(images: Tensor, labels: Tensor, plan: list[Tensor], remode: str, mean: list[float], std: list[float],
-          num_classes: int, height: int, width: int, smoothing: float, dtype: torch.dtype, channels_last: bool,
-          backend: str) -> tuple[Tensor, Tensor]:
+def _impl(images: Tensor, labels: Tensor, plan: list[Tensor], remode: str, padding_mode: str, mean: list[float],
+          std: list[float], num_classes: int, height: int, width: int, smoothing: float, dtype: torch.dtype,
+          channels_last: bool, backend: str) -> tuple[Tensor, Tensor]:
     if _CHECK and images.device.type != "cpu":
         check_values(images, labels, plan, num_classes, height, width)
     out, targets = _new_outputs(images, plan[0].shape[0], num_classes, height, width, dtype, channels_last)
-    in_range = _modules[backend].forward(images, labels, plan, remode, mean, std, num_classes, height, width, smoothing,
-                                         dtype, channels_last, out=out, targets=targets)
+    in_range = _modules[backend].forward(images, labels, plan, remode, padding_mode, mean, std, num_classes, height,
+                                         width, smoothing, dtype, channels_last, out=out, targets=targets)
     if not in_range:
         check_values(images, labels, plan, num_classes, height, width)
         raise AssertionError("the kernel refused a plan that check_values accepts")
     return out, targets
 
 
-def _fake(images: Tensor, labels: Tensor, plan: list[Tensor], remode: str, mean: list[float], std: list[float],
-          num_classes: int, height: int, width: int, smoothing: float, dtype: torch.dtype, channels_last: bool,
-          backend: str) -> tuple[Tensor, Tensor]:
+def _fake(images: Tensor, labels: Tensor, plan: list[Tensor], remode: str, padding_mode: str, mean: list[float],
+          std: list[float], num_classes: int, height: int, width: int, smoothing: float, dtype: torch.dtype,
+          channels_last: bool, backend: str) -> tuple[Tensor, Tensor]:
     return _new_outputs(images, plan[0].shape[0], num_classes, height, width, dtype, channels_last)
 
 
 _operator = register(
     "augment",
-    "(Tensor images, Tensor labels, Tensor[] plan, str remode, float[] mean, float[] std, SymInt num_classes, "
-    "SymInt height, SymInt width, float smoothing, ScalarType dtype, bool channels_last, str backend) "
-    "-> (Tensor, Tensor)", _impl, _fake)
+    "(Tensor images, Tensor labels, Tensor[] plan, str remode, str padding_mode, float[] mean, float[] std, "
+    "SymInt num_classes, SymInt height, SymInt width, float smoothing, ScalarType dtype, bool channels_last, "
+    "str backend) -> (Tensor, Tensor)", _impl, _fake)

@@ -8,26 +8,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deit_fast.reference.augment import source_size
+from deit_fast.reference.geometry import source_size
 
-MAX_FACTOR = 64 << 16  # of the color factors, as in csrc/augment.h
+MAX_FACTOR, MAX_SHIFT = 64 << 16, 1 << 15  # of the color factors and the hue's shift, as in csrc/augment.h
 
 
 def check_values(images: Tensor, labels: Tensor, plan: list[Tensor], num_classes: int, height: int, width: int) -> None:
     """Raises ValueError for the first value out of its range; reads values, so it synchronises with a GPU.
 
-    images: (M, 3, H, W) or (M, H, W, 3); labels: (M,); plan: the ten tensors in Plan's order.
+    images: (M, 3, H, W) or (M, H, W, 3); labels: (M,); plan: its tensors in Plan's order.
     """
-    index, crop, _, jitter_order, jitter, erase, _, partner, lam, cut = plan
+    index, resized_crop, _, crop, _, _, jitter_order, jitter, _, erase, _, partner, lam, cut = plan
     B, (source_h, source_w) = index.shape[0], source_size(images)
     _check_range("plan.index", index, 0, images.shape[0] - 1)
     _check_range("labels", labels[index], 0, num_classes - 1, "label of row")
+    _check_boxes("plan.resized_crop", resized_crop, source_h, source_w)
     _check_range("plan.crop (y)", crop[:, 0], -height, source_h)
     _check_range("plan.crop (x)", crop[:, 1], -width, source_w)
-    kinds = torch.arange(3, device=images.device)
+    kinds = torch.arange(jitter_order.shape[1], device=images.device)
     bad = (jitter_order.sort(1).values != kinds).any(1)
-    _check("plan.jitter_order", bad, jitter_order, "a permutation of 0, 1, 2")
-    _check_range("plan.jitter", jitter, 0, MAX_FACTOR)
+    _check("plan.jitter_order", bad, jitter_order, f"a permutation of {', '.join(map(str, kinds.tolist()))}")
+    _check_range("plan.jitter", jitter[:, :3], 0, MAX_FACTOR)
+    _check_range("plan.jitter (hue)", jitter[:, 3:], -MAX_SHIFT, MAX_SHIFT)
     _check_boxes("plan.erase", erase, height, width)
     _check_range("plan.partner", partner, 0, B - 1)
     _check("plan.lam", ~((lam >= 0) & (lam <= 1)), lam, "in [0, 1]")
@@ -47,7 +49,7 @@ def _check_range(name: str, values: Tensor, low: int, high: int, where: str = "r
 
 
 def _check_boxes(name: str, boxes: Tensor, height: int, width: int) -> None:
-    """boxes: (B, ..., 4) of (y, x, h, w)."""
+    """boxes: (B, ..., 4) of (y, x, h, w), or (0, 4)."""
     sides = boxes.long()
     y, x, h, w = sides.unbind(-1)
     bad = (sides < 0).any(-1) | (y + h > height) | (x + w > width)

@@ -104,10 +104,15 @@ def build_eval_loaders(config: Config, data: ImageData, device: torch.device) ->
 
 def build_recipe(a: AugmentationConfig, data: ImageData) -> Recipe:
     """What the plan draws, from the settings; sets whose mirror images mean something else are never flipped."""
-    return Recipe(crop_pad=a.crop_pad, hflip=a.hflip if data.flips else 0.0, brightness=a.color_jitter,
-                  contrast=a.color_jitter, saturation=a.color_jitter, reprob=a.reprob, remode=a.remode,
-                  recount=a.recount, mixup=a.mixup, cutmix=a.cutmix, cutmix_minmax=a.cutmix_minmax,
-                  mixup_prob=a.mixup_prob, mixup_switch_prob=a.mixup_switch_prob, mixup_mode=a.mixup_mode)
+    small = max(data.train.images.shape[-2:]) <= 32
+    rrc = a.train_crop_mode == "rrc" or (a.train_crop_mode == "auto" and not small)
+    return Recipe(crop_pad=0 if rrc else a.crop_pad, padding_mode=a.padding_mode, rrc=rrc, scale=a.scale, ratio=a.ratio,
+                  interpolation=a.train_interpolation, hflip=a.hflip if data.flips else 0.0,
+                  alternating_flip=a.alternating_flip, vflip=a.vflip if data.flips else 0.0, brightness=a.color_jitter,
+                  contrast=a.color_jitter, saturation=a.color_jitter, hue=a.hue, grayscale=a.grayscale_prob,
+                  reprob=a.reprob, remode=a.remode, recount=a.recount, mixup=a.mixup, cutmix=a.cutmix,
+                  cutmix_minmax=a.cutmix_minmax, mixup_prob=a.mixup_prob, mixup_switch_prob=a.mixup_switch_prob,
+                  mixup_mode=a.mixup_mode)
 
 
 @dataclass(frozen=True)

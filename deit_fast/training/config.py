@@ -67,14 +67,31 @@ class AugmentationConfig(Section):
     """
 
     aug: bool = setting(True, "--no-aug turns off all of this section and repeated augmentation")
-    crop_pad: int = setting(0, "random crop after padding with so many black pixels", within="[0, inf)")
+    train_crop_mode: str = setting("none", "rrc: resize a random part of the image; none: the whole image, or "
+                                   "--crop-pad; auto: rrc above 32 pixels, as DeiT's code",
+                                   choices=("none", "rrc", "auto"))
+    scale: tuple[float, float] = setting((0.08, 1.0), "rrc: share of the image's area", within="(0, 1]",
+                                         metavar="MIN MAX")
+    ratio: tuple[float, float] = setting((3 / 4, 4 / 3), "rrc: width by height", within="[0.001, 1000]",
+                                         metavar="MIN MAX")
+    train_interpolation: str = setting("bicubic", "rrc: how it resizes, antialiased; random: either for each image",
+                                       choices=("bilinear", "bicubic", "random"))
+    crop_pad: int = setting(0, "random crop after padding with so many pixels", within="[0, inf)")
+    padding_mode: str = setting("constant", "--crop-pad with black pixels or the mirrored image",
+                                choices=("constant", "reflect"))
     hflip: float = setting(0.0, "probability of a horizontal flip", within="[0, 1]")
+    alternating_flip: bool = setting(False, "--hflip is drawn in the first epoch; every next one shows the other side")
+    vflip: float = setting(0.0, "probability of a vertical flip", within="[0, 1]")
     color_jitter: float = setting(0.0, "brightness, contrast and saturation change by a factor in 1 +- X; also with "
                                   "--aa, where DeiT's code drops it silently", within="[0, 10]")
+    hue: float = setting(0.0, "hue shifts by up to X turns of the color wheel, in --color-jitter's random order",
+                         within="[0, 0.5]", metavar="X")
+    grayscale_prob: float = setting(0.0, "probability of losing all color", within="[0, 1]")
     aa: str = setting("none", "none, ra (RandAugment), ta_wide (TrivialAugment), or timm's notation such as "
                       "rand-m9-mstd0.5-inc1", pattern=r"none|ra|ta_wide|rand(-[a-z]+[0-9.]+)*")
     reprob: float = setting(0.0, "probability of random erasing", within="[0, 1]")
-    remode: str = setting("pixel", "erase with normal noise or with the mean", choices=("pixel", "const"))
+    remode: str = setting("pixel", "erase with normal noise, one normal color per box, or the mean",
+                          choices=("pixel", "rand", "const"))
     recount: int = setting(1, "most boxes erased in an image", within="[1, inf)")
     mixup: float = setting(0.0, "alpha of MixUp's Beta(alpha, alpha); 0: no MixUp", within="[0, inf)")
     cutmix: float = setting(0.0, "alpha of CutMix's Beta(alpha, alpha); 0: no CutMix", within="[0, inf)")
@@ -216,10 +233,12 @@ class Config:
 
     def _check(self) -> None:
         """Raises ConfigError for settings that contradict each other."""
-        box, kind, model = self.augmentation.cutmix_minmax, self.distillation.distillation_type, self.model
+        kind, model = self.distillation.distillation_type, self.model
         _check_preset(self.preset)
-        if box is not None and box[0] > box[1]:
-            raise ConfigError(f"--cutmix-minmax needs the smaller share first, got {box[0]} {box[1]}.")
+        for name in ("cutmix_minmax", "scale", "ratio"):
+            low, high = getattr(self.augmentation, name) or (0, 0)
+            if low > high:
+                raise ConfigError(f"--{name.replace('_', '-')} needs the smaller number first, got {low} {high}.")
         if kind != "none" and not model.distilled:
             has = f"--tokens {model.tokens}" if model.tokens else f"--model {model.model}"
             raise ConfigError(f"--distillation-type {kind} needs a distillation token, and {has} has none. Choose a "

@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 _TEACHER = "teacher_model teacher_stem teacher_weights teacher_path teacher_epochs teacher_lr teacher_batch_size " \
            "teacher_input_size teacher_cache teacher_logits"
 _MIXING = "mixup_prob mixup_switch_prob mixup_mode mixup_off_epoch"
-_AUGMENTATION = "crop_pad hflip color_jitter aa reprob remode recount mixup cutmix cutmix_minmax smoothing " \
-                "repeated_aug aug_repeats " + _MIXING
+_RESIZING = "scale ratio train_interpolation"
+_AUGMENTATION = "train_crop_mode crop_pad padding_mode hflip alternating_flip vflip color_jitter hue grayscale_prob " \
+                "aa reprob remode recount mixup cutmix cutmix_minmax smoothing repeated_aug aug_repeats " \
+                f"{_RESIZING} {_MIXING}"
 
 
 def _flag(name: str) -> str:
@@ -30,12 +32,17 @@ def _without_effect(config: Config) -> list[tuple[bool, str, str]]:
     both = aug.mixup > 0 and (aug.cutmix > 0 or aug.cutmix_minmax is not None)
     return [
         (not aug.aug, _AUGMENTATION, "--no-aug turns all augmentation off"),
+        (aug.train_crop_mode == "none", _RESIZING, "only --train-crop-mode rrc resizes"),
+        (aug.train_crop_mode == "rrc", "crop_pad padding_mode", "--train-crop-mode rrc crops otherwise"),
+        (aug.crop_pad == 0, "padding_mode", "--crop-pad is 0"),
+        (aug.hflip == 0, "alternating_flip", "--hflip is 0"),
         (not aug.mixes, _MIXING, "neither --mixup nor --cutmix is on"),
         (not both, "mixup_switch_prob", "it chooses between --mixup and --cutmix, and only one of them is on"),
         (aug.cutmix_minmax is not None, "cutmix", "--cutmix-minmax draws the box instead"),
         (aug.mixup_off_epoch >= optim.epochs, "mixup_off_epoch", f"the run has only {optim.epochs} epochs"),
         (aug.reprob == 0, "remode recount", "--reprob is 0"),
-        (data.data_set == "digits", "hflip", "mirrored digits are not digits, so they are never flipped"),
+        (data.data_set == "digits", "hflip vflip alternating_flip",
+         "mirrored digits are not digits, so they are never flipped"),
         (aug.aa == "none" and not may_stream, "workers",
          "the images are augmented on the device itself; only --aa and streamed files need processes"),
         (not data.repeated_aug, "aug_repeats", "--repeated-aug is off"),

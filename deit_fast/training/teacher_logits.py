@@ -50,10 +50,7 @@ def stores_logits(config: Config, recipe: Recipe) -> bool:
 
 def same_every_epoch(config: Config, recipe: Recipe) -> bool:
     """Whether an image looks the same in every epoch."""
-    draws = (
-        recipe.crop_pad or recipe.hflip or recipe.brightness or recipe.contrast or recipe.saturation or recipe.reprob
-    )
-    return not draws and not recipe.mixes and config.augmentation.aa == "none"
+    return not recipe.draws and config.augmentation.aa == "none"
 
 
 class TeacherLogits:

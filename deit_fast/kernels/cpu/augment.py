@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from deit_fast.kernels.augment_args import pack
+from deit_fast.kernels.augment_args import pack, workspace
 
 from . import module
 
@@ -25,5 +25,5 @@ def forward(images: Tensor, labels: Tensor, plan: list[Tensor], *settings: objec
     """Fills out (B, 3, H', W') and targets (B, K); False, with nothing written, when a value is out of range."""
     arguments, _kept = pack(images, labels, plan, *settings, out, targets)
     threads = min(torch.get_num_threads(), max(out.shape[0], 1))
-    workspace = torch.empty(module.augment_workspace(out.shape[2], out.shape[3], threads), dtype=torch.uint8)
-    return module.augment_fwd(*arguments, workspace.data_ptr(), threads)
+    space = workspace(module, images, plan, out, threads)
+    return module.augment_fwd(*arguments, space.data_ptr(), 0, threads)

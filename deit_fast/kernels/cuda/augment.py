@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deit_fast.kernels.augment_args import pack
+from deit_fast.kernels.augment_args import pack, workspace
 
 from . import module
 
@@ -20,7 +20,8 @@ def forward(images: Tensor, labels: Tensor, plan: list[Tensor], *settings: objec
     """Fills out (B, 3, H', W') and targets (B, K); always True."""
     if out.shape[0]:  # a grid of no blocks is an error
         arguments, _kept = pack(images, labels, plan, *settings, out, targets)
+        space = workspace(module, images, plan, out, out.shape[0])
         with torch.cuda.device(images.device):  # the extension sets the device too; leaving here restores torch's
             stream = torch.cuda.current_stream().cuda_stream
-            module.augment_fwd(*arguments, stream, images.device.index)
+            module.augment_fwd(*arguments, space.data_ptr(), stream, images.device.index)
     return True

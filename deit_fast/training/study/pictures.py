@@ -37,9 +37,11 @@ def plot_augmentation(folder: Path, name: str, data: ImageData, recipe: Recipe, 
     sure = {"mixup_prob": 1.0, "mixup_mode": "elem", "remode": recipe.remode, "recount": recipe.recount}
     rows = {
         "original": None,
-        "random crop": Recipe(crop_pad=recipe.crop_pad or 4),
+        "random crop": Recipe(crop_pad=recipe.crop_pad or 4, padding_mode=recipe.padding_mode, rrc=recipe.rrc,
+                              scale=recipe.scale, ratio=recipe.ratio, interpolation=recipe.interpolation),
         "flip": Recipe(hflip=1.0) if data.flips else None,
-        "color jitter": Recipe(brightness=recipe.brightness, contrast=recipe.contrast, saturation=recipe.saturation),
+        "color jitter": Recipe(brightness=recipe.brightness, contrast=recipe.contrast, saturation=recipe.saturation,
+                               hue=recipe.hue),
         "random erasing": Recipe(reprob=1.0, **sure),
         "MixUp": Recipe(mixup=recipe.mixup or 0.2, **sure),
         "CutMix": Recipe(cutmix=recipe.cutmix or 1.0, **sure),

@@ -25,9 +25,11 @@ TAUS = (1.0, 2.0, 3.0, 5.0, 10.0)
 
 # Of each operation: its name in tables, the settings that make it, and the change that leaves it out.
 OPERATIONS = {
-    "crop": ("random crop", ("crop_pad",), {"crop_pad": 0}),
-    "flip": ("flip", ("hflip",), {"hflip": 0.0}),
-    "jitter": ("color jitter", ("color_jitter",), {"color_jitter": 0.0}),
+    "crop": ("random crop", ("crop_pad", "padding_mode", "train_crop_mode", "scale", "ratio", "train_interpolation"),
+             {"crop_pad": 0, "train_crop_mode": "none"}),
+    "flip": ("flip", ("hflip", "alternating_flip", "vflip"), {"hflip": 0.0, "vflip": 0.0}),
+    "jitter": ("color jitter", ("color_jitter", "hue", "grayscale_prob"),
+               {"color_jitter": 0.0, "hue": 0.0, "grayscale_prob": 0.0}),
     "erasing": ("random erasing", ("reprob", "remode", "recount"), {"reprob": 0.0}),
     "mixup": ("MixUp", ("mixup", "mixup_prob", "mixup_mode"), {"mixup": 0.0}),
     "cutmix": (

@@ -158,7 +158,8 @@ def test_torchvision_224(benchmark, capsys) -> None:
 
 
 @pytest.mark.parametrize("source", [256, 400])
-@pytest.mark.parametrize(("name", "peer"), [("torchvision v2 per image", torchvision_rrc), ("kornia batched", kornia_rrc)])
+@pytest.mark.parametrize(("name", "peer"), [("torchvision v2 per image", torchvision_rrc),
+                                            ("kornia batched", kornia_rrc)])
 def test_resized_crop(benchmark, capsys, name: str, peer: Callable[..., Work], source: int) -> None:
     require_cpu()
     benchmark.group = f"augment {source} to 224 px: resized crop, flip, normalise"

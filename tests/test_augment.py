@@ -7,10 +7,13 @@ roundings by construction. The reference itself is tested against torchvision an
 from __future__ import annotations
 
 import importlib
+import os
 from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from augment_plans import MEAN, STD, random_images, random_plan
@@ -22,6 +25,7 @@ from deit_fast.ops.augment import OP
 from deit_fast.ops.augment_values import check_values
 from needs import skip_or_fail
 
+EXAMPLES = int(os.environ.get("DEIT_FAST_EXAMPLES", "100"))
 NATIVE = [backend for backend in ("cpu", "cuda", "triton") if backend in OP.offers]
 NOISE = 2e-6  # |native - reference| of one N(0, 1) number: some roundings of 5.8, the largest there is
 
@@ -215,6 +219,48 @@ def test_instruction_sets_agree(monkeypatch: pytest.MonkeyPatch) -> None:
             results.append(ops.augment(*inputs, MEAN, STD, 10, dtype=dtype, backend="cpu")[0])
     for i, x in enumerate(results):
         assert torch.equal(x, results[i % 2])
+
+
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_random_plans(data: st.DataObject) -> None:
+    """Any shapes, layouts and plans in range: the CPU kernel equals the reference."""
+    if cpu.why_not():
+        skip_or_fail("cpu", cpu.why_not())
+    side = st.integers(1, 70)
+    B, source, size = data.draw(st.tuples(st.integers(0, 9), st.tuples(side, side), st.tuples(side, side)))
+    M, recount, seed = B + 1, data.draw(st.integers(0, 3)), data.draw(st.integers(0, 2**20))
+    plan = random_plan(B, M, source, size, recount, data.draw(st.sampled_from(["const", "rand", "pixel"])), seed,
+                       data.draw(st.booleans()), data.draw(st.booleans()))
+    images = random_images(M, *source, data.draw(st.sampled_from(["chw", "hwc"])), seed)
+    inputs = images, torch.arange(M) % 10, plan
+    (x, t), (expected, targets) = both("cpu", inputs, size, channels_last=data.draw(st.booleans()))
+    assert torch.equal(t, targets) and (x.shape[0] == 0 or (x - expected).abs().max() <= NOISE)
+    if plan.remode == "const":
+        assert torch.equal(x, expected)
+
+
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_random_plans_out_of_range(data: st.DataObject) -> None:
+    """One value anywhere in an int32: refused by its name, or, where it happens to be in range, right numbers."""
+    if cpu.why_not():
+        skip_or_fail("cpu", cpu.why_not())
+    images, labels, plan = batch(3, (9, 12), (10, 8), "chw", 2, seed=data.draw(st.integers(0, 100)))
+    names = [name for name, tensor in plan.tensors().items() if tensor.dtype not in (torch.bool, torch.float32)]
+    name = data.draw(st.sampled_from([name for name in names if name != "noise_key"]))
+    tensor = getattr(plan, name).clone()
+    near, far = st.integers(-40, 40), st.integers(-2**31, 2**31 - 1)
+    value = data.draw(st.integers(0, 255) if tensor.dtype == torch.uint8 else st.one_of(near, far))
+    tensor.view(-1)[data.draw(st.integers(0, tensor.numel() - 1))] = value
+    plan = replace(plan, **{name: tensor})
+    try:
+        x, t = ops.augment(images, labels, plan, MEAN, STD, 10, (10, 8), backend="cpu")
+    except ValueError as error:
+        assert f"plan.{name}" in str(error)
+    else:
+        expected, targets = ops.augment(images, labels, plan, MEAN, STD, 10, (10, 8), backend="reference")
+        assert torch.equal(x, expected) and torch.equal(t, targets)
 
 
 # ---- compiled and registered ----

@@ -75,7 +75,7 @@ def test_unwritable_cache_costs_nothing_but_time(tmp_path, monkeypatch):
 
 
 def decoded(content, size=32):
-    pixels, what = scan.decode(content, size)
+    pixels, what, _ = scan.decode(content, size)
     assert pixels is not None, what
     return pixels.transpose(1, 2, 0)
 

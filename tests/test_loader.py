@@ -2,6 +2,8 @@
 
 import gc
 import os
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ from deit_fast.data.loader import EvalLoader, TrainLoader
 from deit_fast.data.split import Split
 from deit_fast.errors import DataError
 from deit_fast.ops import augment
+from deit_fast.training.build import build_recipe
+from deit_fast.training.config import parse
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
 RAND = "rand-m9-mstd0.5-inc1"
@@ -282,7 +286,27 @@ def test_wrong_arguments_are_named():
 def test_workers_and_the_device_see_the_same_geometry(monkeypatch: pytest.MonkeyPatch) -> None:
     """A policy that does nothing: resized crops, flips and reflected padding are the plan's, applied once."""
     monkeypatch.setattr(auto_augment.Policy, "__call__", lambda self, image: image)
-    for recipe in (replace(FULL, rrc=True, interpolation="random", vflip=0.5, hue=0.1), replace(FULL, padding_mode="reflect")):
+    resized = replace(FULL, rrc=True, interpolation="random", vflip=0.5, hue=0.1)
+    for recipe in (resized, replace(FULL, padding_mode="reflect")):
         resident, workers = make_loader(recipe), make_loader(recipe, auto_augment="ra")
         for (x, t), (y, u) in zip(resident.epoch(1), workers.epoch(1), strict=True):
             assert torch.equal(x, y) and torch.equal(t, u)
+
+
+@pytest.mark.parametrize(("size", "rrc"), [(28, False), (32, False), (33, True), (224, True)])
+def test_deit_paper_resizes_above_32_pixels(size: int, rrc: bool) -> None:
+    config = parse(["--preset", "deit-paper"])
+    split = Split(torch.zeros((4, 3, size, size), dtype=torch.uint8), torch.zeros(4, dtype=torch.int64))
+    recipe = build_recipe(config.augmentation, SimpleNamespace(train=split, flips=True))
+    assert (recipe.rrc, recipe.crop_pad) == (rrc, 0 if rrc else 4)
+    assert recipe.scale == (0.08, 1.0) and recipe.interpolation == "bicubic" and recipe.hflip == 0.5
+
+
+@pytest.mark.parametrize("flips", [True, False])
+def test_flags_reach_the_recipe(flips: bool) -> None:
+    asked = parse("--train-crop-mode rrc --scale 0.5 1 --hue 0.1 --vflip 0.5 --hflip 0.4 --grayscale-prob 0.2 "
+                  "--alternating-flip --remode rand --reprob 0.1 --padding-mode reflect".split()).augmentation
+    split = Split(torch.zeros((4, 3, 8, 8), dtype=torch.uint8), torch.zeros(4, dtype=torch.int64))
+    recipe = build_recipe(asked, SimpleNamespace(train=split, flips=flips))
+    assert recipe == Recipe(rrc=True, scale=(0.5, 1.0), hue=0.1, vflip=0.5 if flips else 0.0, hflip=0.4 if flips else 0.0,
+                            grayscale=0.2, alternating_flip=True, remode="rand", reprob=0.1, padding_mode="reflect")

@@ -3,17 +3,21 @@
 import multiprocessing
 import os
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from commands import train
+from commands import CONTEXT, train
 from image_sets import CLASSES, encode, fails, load, make_files, write_directory, write_tar
 from safetensors.torch import load_file
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import resized_crop
 
 from deit_fast.data import datasets, folder, memory
 from deit_fast.data import loader as loader_module
-from deit_fast.data.augmentation import Recipe
+from deit_fast.data.augmentation import Recipe, sample_plan
+from deit_fast.data.auto_augment import Policy
 from deit_fast.data.files import ImageFiles
 from deit_fast.data.loader import EvalLoader, TrainLoader
 from deit_fast.data.split import Split
@@ -83,6 +87,41 @@ def test_images_of_unequal_sizes(tmp_path):
     resident, files = (load(root, 0.2, data_loading=choice) for choice in ("resident", "stream"))
     assert same(train_loader(files, workers=1).epoch(0), train_loader(resident).epoch(0))
     assert torch.equal(files.test.images[:], resident.test.images)
+
+
+RESIZED = Recipe(rrc=True, scale=(0.3, 1.0), hflip=0.5, contrast=0.3, mixup=0.8)
+
+
+@pytest.mark.parametrize("policy", [None, "ra"])
+def test_resized_crops_of_files_that_fit_are_the_ops(root, policy):
+    resident, files = (load(root, data_loading=choice) for choice in ("resident", "stream"))
+    a, b = (TrainLoader(data.train, RESIZED, data.mean, data.std, 3, 4, auto_augment=policy)
+            for data in (resident, files))  # fmt: skip
+    assert same(a.epoch(1), b.epoch(1)) and "cropped" not in b.description
+
+
+@pytest.mark.parametrize("policy", [None, "ra"])
+def test_resized_crops_are_taken_from_files_at_their_own_size(tmp_path, monkeypatch, policy):
+    """Each box is the plan's for an image of that size, resized by torchvision; the op does the rest of the plan."""
+    monkeypatch.setattr(Policy, "__call__", lambda self, image: image)
+    data = load(write_directory(tmp_path / "set", unequal_files()), data_loading="stream")
+    files, options = data.train.images, {"smoothing": 0.1, "auto_augment": policy, "data_seed": 3}
+    loader = TrainLoader(data.train, RESIZED, data.mean, data.std, 3, 4, workers=2, **options)
+    plan, boxes = loader.plan(2), []
+    for position, index in enumerate(plan.index.tolist()):
+        h, w = files.original(index).shape[1:]
+        own = sample_plan(RESIZED, plan.index[position:][:1], 3, 2, 1, 32, position, source_size=(h, w))
+        boxes.append(own.resized_crop[0].tolist())
+    assert len({tuple(box) for box in boxes}) == len(boxes) and max(box[0] + box[2] for box in boxes) > 32
+    for step, (images, targets) in enumerate(loader.epoch(2)):
+        rows = slice(4 * step, 4 * step + 4)
+        cropped = torch.stack([resized_crop(files.original(i), *box, [32, 32], InterpolationMode.BICUBIC)
+                               for i, box in zip(plan.index[rows].tolist(), boxes[rows])])  # fmt: skip
+        rest = replace(plan[rows], index=torch.arange(4), resized_crop=plan.resized_crop[:0])
+        labels = data.train.labels[plan.index[rows]]
+        expected = augment(cropped, labels, rest, data.mean, data.std, 3, smoothing=0.1)
+        assert same([(images, targets)], [expected])
+    assert same(loader.epoch(2, 2), list(loader.epoch(2))[2:]) and "decoded and cropped by 2" in loader.description
 
 
 def test_the_index_knows_what_the_pixels_say(root):
@@ -244,3 +283,20 @@ def test_a_killed_worker_is_named(root):
                 os.kill(worker.pid, signal.SIGKILL)
     with pytest.raises(RuntimeError, match="other"), worker_errors():
         raise RuntimeError("other")
+
+
+def _end_with_workers_running():
+    global kept  # as the traceback of a crash keeps it
+    split = Split(torch.zeros(64, 3, 8, 8, dtype=torch.uint8), torch.zeros(64, dtype=torch.int64))
+    multiprocessing.set_start_method("fork", force=True)
+    kept = TrainLoader(split, Recipe(), (0.5,) * 3, (0.5,) * 3, 2, 1, auto_augment="ra", workers=2).epoch(0)
+    next(kept)
+
+
+def test_a_process_that_ends_takes_its_workers_along():
+    process = CONTEXT.Process(target=_end_with_workers_running)
+    process.start()
+    process.join(60)
+    ended = process.exitcode
+    process.kill()
+    assert ended == 0

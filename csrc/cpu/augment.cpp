@@ -1,8 +1,8 @@
 // Augmentation of a batch on the CPU: crop, flip, color, normalise, erase, mix, and the targets.
 //
-// A thread takes one image at a time. Its uint8 pixels are gathered into a planar tile (augment_tile.h), changed there in
-// place (contrast needs the whole image's mean), and turned into floats strip by strip: strips of about a thousand pixels
-// keep everything after the tile in the first-level cache at any image size. An image and its mixing partner are
+// A thread takes one image at a time. Its uint8 pixels are gathered into a planar tile (augment_tile.h), changed there
+// in place (contrast needs the whole image's mean), and turned into floats strip by strip: strips of about a thousand
+// pixels keep everything after the tile in the first-level cache at any image size. An image and its mixing partner are
 // prepared together and, when they are each other's partners (MixUp's reversed batch), written together, so that no
 // image is prepared twice.
 #include "augment.h"

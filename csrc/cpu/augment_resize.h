@@ -1,8 +1,8 @@
 // Resized crops on the CPU: eight source rows at a time, transposed, so that a vector holds one column of them.
 //
 // The horizontal pass then multiplies a column of eight rows by one broadcast weight, whatever the taps of an output
-// pixel are, and transposes its sums back into a ring of rows, from which the vertical pass takes whole rows. All sums are
-// integers: the first fit the 24 bits of a float, the second the 53 of a double, so that neither order nor fused
+// pixel are, and transposes its sums back into a ring of rows, from which the vertical pass takes whole rows. All sums
+// are integers: the first fit the 24 bits of a float, the second the 53 of a double, so that neither order nor fused
 // multiply-adds change a result.
 #pragma once
 
@@ -28,7 +28,7 @@ constexpr int kPixels = 16;  // of an output row at once
 
 int64_t padded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
-// The weights of the m output pixels of one side: those of pixel i are weight[taps i], ..., its first source pixel first[i].
+// The weights along one side: output pixel i has count[i] of them from weight[taps i] on, for source pixels from first[i].
 template <class T>
 struct Side {
     T* weight;

@@ -2,9 +2,10 @@
 //
 // A pixel is computed straight from the uint8 source: crop and flip are an address, the color operations are functions
 // of the pixel once contrast's mean is known, and the mixing partner is the same computation for another row of the
-// plan. Rows that are resized are made first, by resize.cuh's two kernels, as uint8 tiles that then serve as source. Only an image whose contrast changes is read twice: the block first sums the gray values of what contrast will
-// see. Values are clamped into range, never checked, so that nothing waits for the GPU; the arithmetic is augment.h's,
-// as on the CPU.
+// plan. Rows that are resized are made first, by resize.cuh's two kernels, as uint8 tiles that then serve as source.
+// Only an image whose contrast changes is read twice: the block first sums the gray values of what contrast will see.
+// Values are clamped into range, never checked, so that nothing waits for the GPU; the arithmetic is augment.h's, as on
+// the CPU.
 #include <cuda_runtime.h>
 
 #include "augment.h"
@@ -16,8 +17,7 @@ using namespace augment;
 
 constexpr int THREADS = 256;
 
-// One row of the plan, ready for any of its pixels. STEPS color operations: 4 where the hue changes, else 3, which saves
-// registers.
+// One row of the plan, ready for any of its pixels. STEPS color operations: 4 where the hue changes, else 3.
 template <int STEPS>
 struct Row {
     const uint8_t* image;

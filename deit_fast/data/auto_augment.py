@@ -26,6 +26,7 @@ import re
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -96,13 +97,14 @@ def _parse_rand(name: str) -> tuple[int, float, float, float]:
 class PolicyBatches(Dataset):
     """Item k: the images of batch k of an epoch, (B, 3, *size) uint8, after crop, flips and policy, DeiT's order.
 
-    The geometry is the epoch's plan's, so it must not be applied again (`Plan.without_geometry`). Runs in worker processes: it uses plain
-    torch and torchvision only, none of our kernels, because OpenMP does not survive the fork.
+    batches: whose item k is the images of batch k, (B, 3, H, W) uint8. plan: what happens to them, N samples on the
+    CPU. Its geometry must not be applied again (`Plan.without_geometry`). Runs in worker processes: it uses plain torch and
+    torchvision only, none of our kernels, because OpenMP does not survive the fork.
     """
 
-    def __init__(self, images: Tensor, plan: Plan, policy: Policy, batch_size: int, size: tuple[int, int],
+    def __init__(self, batches: Dataset, plan: Plan, policy: Policy, batch_size: int, size: tuple[int, int],
                  data_seed: int, epoch: int) -> None:
-        self.images, self.plan, self.policy = images, plan, policy  # images: (M, 3, H, W) uint8, plan: N samples, CPU
+        self.batches, self.plan, self.policy = batches, plan, policy
         self.batch_size, self.size = batch_size, size
         self.data_seed, self.epoch = data_seed, epoch
 
@@ -113,7 +115,9 @@ class PolicyBatches(Dataset):
         first = batch * self.batch_size
         last = min(first + self.batch_size, len(self.plan))
         with torch.random.fork_rng(devices=[]), _one_thread():
-            images = geometry(self.images, self.plan[first:last], *self.size).permute(0, 3, 1, 2).contiguous()
+            rows = self.plan[first:last]
+            own = replace(rows, index=torch.arange(len(rows)))
+            images = geometry(self.batches[batch], own, *self.size).permute(0, 3, 1, 2).contiguous()
             for image, position in zip(images, range(first, last)):  # (3, *size)
                 torch.default_generator.manual_seed(position_seed(self.data_seed, self.epoch, position))
                 image.copy_(self.policy(image))

@@ -28,7 +28,8 @@ from deit_fast.reference.augment import erase, mix, mixed_targets, output_size, 
 MIXING = {"mixup_alpha": "mixup", "cutmix_alpha": "cutmix", "cutmix_minmax": "cutmix_minmax", "prob": "mixup_prob",
           "switch_prob": "mixup_switch_prob", "mode": "mixup_mode"}  # fmt: skip
 AFTER_NORMALISATION = {*MIXING.values(), "reprob", "remode", "recount"}
-TRANSFORMS = [field.name for field in fields(Recipe) if field.name not in MIXING.values()]
+# all others but alternating_flip, which needs to know an image again
+TRANSFORMS = [field.name for field in fields(Recipe) if field.name not in {*MIXING.values(), "alternating_flip"}]
 DRAWN_AHEAD = 16  # batches; a plan costs some hundred small operations however long it is
 
 

@@ -182,7 +182,7 @@ def _folder(path: Path | None, input_size: int, skip_bad_images: bool, log: Call
     for name in ("train", "test"):
         labels = torch.from_numpy(arrays[f"{name}_labels"])
         if in_files:
-            facts = {fact: arrays[f"{name}_{fact}"] for fact in ("names", "digests", "sums")}
+            facts = {fact: arrays[f"{name}_{fact}"] for fact in ("names", "digests", "sums", "sizes")}
             splits.append(Split(ImageFiles(path, input_size, facts), labels, stream=True))
         else:
             splits.append(Split(torch.from_numpy(arrays[f"{name}_images"]), labels))

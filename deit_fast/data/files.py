@@ -22,7 +22,8 @@ from deit_fast.errors import DataError
 class ImageFiles:
     """(M, 3, S, S) uint8 images, each decoded from its file below `root` when it is indexed.
 
-    arrays: what `folder.index_folder` knows of the M files, by "names", "digests" and "sums" (see `folder.Contents`).
+    arrays: what `folder.index_folder` knows of the M files, by "names", "digests", "sums" and "sizes" (see
+        `folder.Contents`).
     """
 
     dtype, ndim = torch.uint8, 4
@@ -49,21 +50,30 @@ class ImageFiles:
         """
         names = self.arrays["names"][rows.numpy() if isinstance(rows, Tensor) else rows]
         if isinstance(names, bytes):
-            return torch.from_numpy(self._read(names))
+            return torch.from_numpy(self._read(names, self.size))
         images = torch.empty((len(names), 3, self.size, self.size), dtype=torch.uint8)
         for image, name in zip(images.numpy(), names, strict=True):
-            image[:] = self._read(name)
+            image[:] = self._read(name, self.size)
         return images
 
-    def _read(self, name: bytes) -> np.ndarray:
-        """(3, S, S) uint8."""
+    def original(self, row: int) -> Tensor:
+        """(3, h, w) uint8: an image at its own size."""
+        return torch.from_numpy(self._read(self.arrays["names"][row], None))
+
+    @property
+    def already_fit(self) -> bool:
+        """Whether every file has S x S pixels, so that decoding changes none."""
+        return bool((self.arrays["sizes"] == self.size).all())
+
+    def _read(self, name: bytes, size: int | None) -> np.ndarray:
+        """(3, size, size) uint8; None: at its own size."""
         path = self.root / os.fsdecode(name)
         try:
             content = path.read_bytes()
         except OSError as error:
             raise DataError(f"{path}: cannot be read any more ({error.strerror}). Put it back, or start again: the "
                             "next run takes the directory as it is then.") from error
-        pixels, why = decode(content, self.size)
+        pixels, why, _ = decode(content, size)
         if pixels is None:
             raise DataError(f"{path}: cannot be decoded any more ({why}). Replace it, or start again with "
                             "--skip-bad-images.")

@@ -38,7 +38,7 @@ class Contents:
 
     - images (3, S, S) uint8, if the pixels are kept;
     - names (bytes, below the source), digests (16,) uint8, sums (2, 3) int64 of every channel's values and their
-      squares, if they are not.
+      squares, sizes (2,) int32, the files' own heights and widths, if they are not.
     """
 
     arrays: dict[str, np.ndarray]  # "train_images", "train_labels", "test_images", ...
@@ -92,7 +92,7 @@ def decode_folder(path: Path, input_size: int) -> Contents:
     """The pixels of a folder or archive; DataError if its layout or content cannot be a data set."""
     images: dict[Place, np.ndarray] = {}
     scan, total_bytes, memory = Scan(path, input_size), 0, physical_memory()
-    for place, pixels in scan:
+    for place, pixels, _ in scan:
         total_bytes += pixels.nbytes
         images[place] = pixels
         if 2 * total_bytes > memory:  # once as pieces, once as the array
@@ -113,13 +113,13 @@ def decode_folder(path: Path, input_size: int) -> Contents:
 
 def scan_folder(path: Path, input_size: int) -> Contents:
     """The index of a directory; DataError if its layout or content cannot be a data set."""
-    facts: dict[Place, tuple[bytes, np.ndarray]] = {}
+    facts: dict[Place, tuple[bytes, np.ndarray, tuple[int, int]]] = {}
     scan = Scan(path, input_size)
-    for place, pixels in scan:
+    for place, pixels, own_size in scan:
         values = pixels.reshape(3, -1)
         squares = np.square(values, dtype=np.uint16)
         sums = np.stack([values.sum(1, dtype=np.int64), squares.sum(1, dtype=np.int64)])
-        facts[place] = hashlib.blake2b(pixels, digest_size=16).digest(), sums
+        facts[place] = hashlib.blake2b(pixels, digest_size=16).digest(), sums, own_size
     findings = scan.findings()
     arrays = _labels(findings, facts)
     for split in SPLITS:
@@ -128,6 +128,7 @@ def scan_folder(path: Path, input_size: int) -> Contents:
         digests = b"".join(facts[place][0] for place in members)
         arrays[f"{split}_digests"] = np.frombuffer(digests, np.uint8).reshape(-1, 16)
         arrays[f"{split}_sums"] = np.stack([facts[place][1] for place in members])
+        arrays[f"{split}_sizes"] = np.array([facts[place][2] for place in members], np.int32)
     return Contents(arrays, findings)
 
 

@@ -15,8 +15,10 @@ Where the images come from is the split's business, and changes no bit:
 RandAugment and TrivialAugment (`auto_augment`) have no kernel here. With them, workers crop, flip and run torchvision's
 policy on uint8, and the op does the rest; see data/auto_augment.py. The processes themselves: data/workers.py.
 
-Image files of different sizes are brought to one size when they are decoded (data/scan.py), as they are for a resident
-split.
+Image files of another size are scaled and cut to the input size when they are decoded (data/scan.py), for a resident
+split and a streamed one alike. RandomResizedCrop of a streamed set whose files are not all of the input size is the
+one exception: there a worker takes the box from the image at its own size, where the detail is, and resizes it by
+torchvision, and the op does the rest. A resident split has only the pixels of its array to crop from.
 
 Order: crop, flip, policy, color jitter, normalise, erase, mix. This is DeiT's, where `--aa` switches the jitter off;
 here a jitter that is asked for is applied.
@@ -35,7 +37,7 @@ from deit_fast.data.augmentation import Plan, Recipe, epoch_order, neutral_plan,
 from deit_fast.data.auto_augment import PolicyBatches, create_policy
 from deit_fast.data.files import ImageFiles
 from deit_fast.data.split import Split
-from deit_fast.data.workers import StoredBatches, uint8_batches
+from deit_fast.data.workers import ResizedCropBatches, StoredBatches, uint8_batches
 from deit_fast.errors import DataError
 from deit_fast.ops import augment
 
@@ -85,7 +87,8 @@ class TrainLoader:
             return f"{M:,} uint8 images ({size:,.0f} MB) resident on {self.device}, augmented there, no workers"
         where = f"{self.workers} worker processes" if self.workers else "the main process"
         if isinstance(self.images, ImageFiles):
-            source = f"{M:,} images streamed from files below {self.images.root}, decoded by {where}"
+            crops = " and cropped" if self._crops_files else ""
+            source = f"{M:,} images streamed from files below {self.images.root}, decoded{crops} by {where}"
         else:
             source = f"{M:,} uint8 images ({size:,.0f} MB) streamed from host memory"
         if self.policy is None:
@@ -119,14 +122,21 @@ class TrainLoader:
 
     def _streamed(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         plan = self.plan(epoch, "cpu")
-        batches: Dataset
-        if self.policy is None:
-            batches = StoredBatches(self.images, plan.index, self.batch_size)
-        else:
-            batches = PolicyBatches(self.images, plan, self.policy, self.batch_size, self.size, self.data_seed, epoch)
+        batches: Dataset = StoredBatches(self.images, plan.index, self.batch_size)
+        if self._crops_files:
+            batches = ResizedCropBatches(self.images, plan.index, self.batch_size, self.recipe, self.size,
+                                         self.data_seed, epoch)
+            plan = replace(plan, resized_crop=plan.resized_crop[:0])
+        if self.policy is not None:
+            batches = PolicyBatches(batches, plan, self.policy, self.batch_size, self.size, self.data_seed, epoch)
             plan = plan.without_geometry()  # the workers have done it
         rest = plan.to(self.device)
         return self._finish(uint8_batches(batches, start, self.workers, self.device), rest, start)
+
+    @property
+    def _crops_files(self) -> bool:
+        """Whether RandomResizedCrop is taken where files are decoded, from images of their own sizes."""
+        return self.recipe.rrc and isinstance(self.images, ImageFiles) and not self.images.already_fit
 
     def _finish(self, batches: Iterator[Tensor], rest: Plan, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         for images, rows in zip(batches, self._slices(start), strict=True):  # (B, 3, H, W) uint8

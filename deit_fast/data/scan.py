@@ -52,7 +52,7 @@ class Findings:
 
 
 class Scan:
-    """Iterate it once for (place, pixels (3, S, S) uint8) of every image that decodes, then ask for its findings."""
+    """Iterate it once for (place, pixels (3, S, S) uint8, own (h, w)) of every image that decodes; then ask for findings."""
 
     def __init__(self, path: Path, input_size: int) -> None:
         self.path, self.input_size = path, input_size
@@ -64,20 +64,20 @@ class Scan:
         self._ignored: list[str] = []
         self._small_jpegs, self._own_validation = 0, False
 
-    def __iter__(self) -> Iterator[tuple[Place, np.ndarray]]:
+    def __iter__(self) -> Iterator[tuple[Place, np.ndarray, tuple[int, int]]]:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             for batch in _batches(self._files()):
                 threaded = sum(len(content) for _, content in batch) > THREADED_BYTES * len(batch)
                 jobs = [(content, self.input_size) for _, content in batch]
                 decoded = (pool.map if threaded else map)(decode, *zip(*jobs))
-                for (name, _), (pixels, what) in zip(batch, decoded, strict=True):
+                for (name, _), (pixels, what, own_size) in zip(batch, decoded, strict=True):
                     if pixels is None:
                         self._bad[name] = what
                         continue
                     self._small_jpegs += what == "small jpeg"
                     place = (*_place(name)[1:3], name)
                     self._decoded.add(place)
-                    yield place, pixels
+                    yield place, pixels, own_size
 
     def _files(self) -> Iterator[tuple[str, bytes]]:
         """(name, content) of every image file in a class folder; notes the rest."""
@@ -161,22 +161,27 @@ def _batches(entries: Iterator[tuple[str, bytes]]) -> Iterator[list[tuple[str, b
         yield batch
 
 
-def decode(content: bytes, size: int) -> tuple[np.ndarray | None, str]:
-    """(pixels (3, S, S) uint8, "small jpeg" or "") of a file's content, or (None, why it cannot be decoded)."""
+def decode(content: bytes, size: int | None) -> tuple[np.ndarray | None, str, tuple[int, int]]:
+    """(pixels (3, S, S) uint8, "small jpeg" or "", own (h, w)) of a file's content, or (None, why not, (0, 0)).
+
+    size: S; None: pixels (3, h, w).
+    """
     try:
         with Image.open(io.BytesIO(content)) as image:
             small_jpeg = image.format == "JPEG" and max(image.size) <= 32
             if max(image.size) > MOST_ASPECT * min(image.size):
-                return None, f"{image.size[0]} x {image.size[1]} pixels are a line, not a picture"
+                return None, f"{image.size[0]} x {image.size[1]} pixels are a line, not a picture", (0, 0)
             image.load()
             if image.mode.startswith("I;16"):  # Pillow's own conversion clips 16 bits at 255
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             if image.mode in ("I", "F"):
-                return None, f"pixels of mode {image.mode!r} have no known range; save them with 8 bits"
-            pixels = np.asarray(_fit(image.convert("RGB"), size))
+                return None, f"pixels of mode {image.mode!r} have no known range; save them with 8 bits", (0, 0)
+            rgb = image.convert("RGB")
+            pixels = np.asarray(rgb if size is None else _fit(rgb, size))
     except DECODE_ERRORS as error:
-        return None, "not an image" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1)), "small jpeg" if small_jpeg else ""
+        why = "not an image" if isinstance(error, UnidentifiedImageError) else str(error) or type(error).__name__
+        return None, why, (0, 0)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1)), "small jpeg" if small_jpeg else "", rgb.size[::-1]
 
 
 def _fit(image: Image.Image, size: int) -> Image.Image:

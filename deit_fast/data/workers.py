@@ -11,7 +11,9 @@ in `worker_errors`: PyTorch raises its RuntimeError from a signal handler, where
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from deit_fast.data.augmentation import Recipe, sample_plan
 from deit_fast.data.files import ImageFiles
 from deit_fast.errors import DataError
 
@@ -40,6 +43,40 @@ class StoredBatches(Dataset):
 
     def __getitem__(self, batch: int) -> Tensor:
         return self.images[self.index[batch * self.batch_size : (batch + 1) * self.batch_size]]
+
+
+class ResizedCropBatches(Dataset):
+    """Item k: batch k after RandomResizedCrop of each image from its file at its own size, (B, 3, *size) uint8.
+
+    The box of a position is what `sample_plan` draws there for an image of that height and width, so it too is a
+    function of (data seed, epoch, position); torchvision resizes it. Arguments are those of StoredBatches and of
+    `sample_plan`.
+    """
+
+    def __init__(self, images: ImageFiles, index: Tensor, batch_size: int, recipe: Recipe, size: tuple[int, int],
+                 data_seed: int, epoch: int) -> None:
+        self.images, self.index, self.batch_size, self.size = images, index, batch_size, size
+        self.recipe = Recipe(rrc=True, scale=recipe.scale, ratio=recipe.ratio, interpolation=recipe.interpolation)
+        self.data_seed, self.epoch = data_seed, epoch
+
+    def __len__(self) -> int:
+        return -(-len(self.index) // self.batch_size)
+
+    def __getitem__(self, batch: int) -> Tensor:
+        first = batch * self.batch_size
+        positions = range(first, min(first + self.batch_size, len(self.index)))
+        return torch.stack([self._cropped(position) for position in positions])
+
+    def _cropped(self, position: int) -> Tensor:
+        """(3, *size) uint8."""
+        from torchvision.transforms.v2 import InterpolationMode
+        from torchvision.transforms.v2.functional import resized_crop
+
+        image = self.images.original(int(self.index[position]))  # (3, h, w)
+        plan = sample_plan(self.recipe, self.index[position : position + 1], self.data_seed, self.epoch, 1, self.size,
+                           position, source_size=tuple(image.shape[1:]))
+        mode = InterpolationMode.BICUBIC if plan.bicubic[0] else InterpolationMode.BILINEAR
+        return resized_crop(image, *plan.resized_crop[0].tolist(), list(self.size), mode, antialias=True)
 
 
 class _WithErrors(Dataset):
@@ -120,7 +157,15 @@ def worker_errors() -> Iterator[None]:
 def _leave_signals_to_the_parent(_worker: int) -> None:
     """Lets SIGINT and SIGTERM pass: terminals and job schedulers send them to the workers too.
 
-    They are needed until the run has saved its state and closes them.
+    They are needed until the run has saved its state and closes them. Only the parent's own SIGTERM ends a worker: Python
+    sends it to the children that are left when the parent exits, after a crash for instance, and then waits for them.
     """
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # for the threads to come too
+    threading.Thread(target=_exit_when_told, args=(os.getppid(),), daemon=True).start()
+
+
+def _exit_when_told(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

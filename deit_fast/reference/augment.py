@@ -138,7 +138,7 @@ def noise(noise_key: Tensor, H: int, W: int) -> Tensor:
     radius = [torch.sqrt(-2 * torch.log(v + 2.0**-24)) for v in (u[0], u[2])]  # of (0, 1]
     z = torch.stack([radius[0] * torch.cos(2 * math.pi * u[1]), radius[0] * torch.sin(2 * math.pi * u[1]),
                      radius[1] * torch.cos(2 * math.pi * u[3])], dim=-1)
-    return z.float().view(-1, H, W, 3)
+    return z.float().view(len(noise_key), H, W, 3)
 
 
 def inside_box(box: Tensor, H: int, W: int) -> Tensor:

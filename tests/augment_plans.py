@@ -67,7 +67,8 @@ def random_plan(B: int, M: int, source: tuple[int, int], size: tuple[int, int], 
     resized = source_boxes(g, B, *source) if resizes else torch.zeros((0, 4), dtype=torch.int32)
     return Plan(
         index=torch.randint(max(M, 1), (B,), generator=g), resized_crop=resized,
-        bicubic=torch.rand(B, generator=g) < 0.5, crop=crop.int(), flip=torch.rand(B, generator=g) < 0.5, vflip=torch.rand(B, generator=g) < 0.3,
+        bicubic=torch.rand(B, generator=g) < 0.5, crop=crop.int(), flip=torch.rand(B, generator=g) < 0.5,
+        vflip=torch.rand(B, generator=g) < 0.3,
         jitter_order=torch.rand(B, J, generator=g).argsort(1).to(torch.uint8),
         jitter=torch.cat([factors, shifts], dim=1).int(), grayscale=torch.rand(B, generator=g) < 0.2,
         erase=boxes(g, (B, recount), *size), noise_key=torch.randint(-2**63, 2**63 - 1, (B,), generator=g),

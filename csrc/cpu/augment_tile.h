@@ -25,8 +25,8 @@ void copy_row_reversed(uint8_t* dst, const uint8_t* src, int32_t n) {
 }
 
 // Pixels (y, first_x), ..., (y, last_x - 1) of a crop at (y0, x0), whose source row is source_y.
-void load_row(const Args& a, const uint8_t* image, uint8_t* tile, int32_t y, int32_t source_y, int32_t x0,
-              int32_t first_x, int32_t last_x, bool flip) {
+AUGMENT_FN void load_row(const Args& a, const uint8_t* image, uint8_t* tile, int32_t y, int32_t source_y, int32_t x0,
+                         int32_t first_x, int32_t last_x, bool flip) {
     const int64_t area = int64_t(a.height) * a.width;
     const int32_t n = last_x - first_x, start = flip ? a.width - last_x : first_x;
     const uint8_t* src = image + source_y * a.stride_y + (first_x + x0) * a.stride_x;

@@ -34,6 +34,7 @@ from cases import CASES, VARIANTS, Maker  # noqa: E402
 from deit_fast import ops, reference  # noqa: E402
 from deit_fast.backend import OPS  # noqa: E402
 from deit_fast.training.files import atomic_write  # noqa: E402
+from gpu.augment import augmentation  # noqa: E402
 
 BUDGET = 7 * 60.0  # seconds after which a section takes no new row
 SHAPES = {"nano": (66, 64, 8), "tiny": (198, 192, 3), "small": (198, 384, 6)}  # N, C, H
@@ -123,7 +124,7 @@ def forward_backward(op: Callable, inputs: dict, grads: tuple[str, ...]) -> Call
 def graphs(machine: Machine) -> Iterator[Row]:
     """Every op, forward and backward, replayed from a CUDA graph on new inputs: the same bits as eager."""
     for case in CASES:
-        if not case.compiled or "triton" not in OPS[case.op].offers:
+        if not case.compiled or not case.grads or "triton" not in OPS[case.op].offers:
             continue
         inputs = case.inputs(machine.variant, machine.device)
         other = case.make(Maker(1, machine.variant, machine.device))
@@ -233,7 +234,8 @@ def step_speeds(machine: Machine) -> Iterator[Row]:
             yield f"{preset} batch {B}", row
 
 
-SECTIONS = {"rates": rates, "parity": parity, "graphs": graphs, "ops": op_speeds, "step": step_speeds}
+SECTIONS = {"rates": rates, "parity": parity, "graphs": graphs, "ops": op_speeds, "step": step_speeds,
+            "augment": augmentation}
 
 
 def environment(machine: Machine) -> dict[str, str]:

@@ -15,6 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,7 +52,7 @@ def augmentation(machine: Machine) -> Iterator[Row]:
         for name, recipe in (("crop, flip, mix", PLAIN), ("with contrast", CONTRAST), ("full recipe", FULL),
                              ("resized crop, flip, mix", RESIZED)):
             plan = sample_plan(recipe, torch.arange(B) * 37 % M, 0, 0, B, side, device=machine.device)
-            row = {"syncs": synchronisations(machine, lambda: apply(machine, images, labels, plan))}
+            row = {"syncs": synchronisations(machine, partial(apply, machine, images, labels, plan))}
             for backend in usable(machine, images, labels, plan):
                 row |= speeds(machine, backend, images, labels, plan, copied)
             if recipe is PLAIN:
@@ -110,7 +111,8 @@ def synchronisations(machine: Machine, call: Callable[[], object]) -> int | str:
     return 0
 
 
-def speeds(machine: Machine, backend: str, images: Tensor, labels: Tensor, plan: Plan, copied: float) -> dict[str, float]:
+def speeds(machine: Machine, backend: str, images: Tensor, labels: Tensor, plan: Plan,
+           copied: float) -> dict[str, float]:
     """Milliseconds, and the share of the copy bandwidth: two reads and a write per pixel, a read more for the mean.
 
     The mean's extra read counts where the image does not stay on chip, past 2,048 pixels.
@@ -130,7 +132,7 @@ def speeds(machine: Machine, backend: str, images: Tensor, labels: Tensor, plan:
 def eager_milliseconds(machine: Machine, call: Callable[[], object], rounds: int = 20) -> float:
     """Median time of a call without a graph, launches and draws included."""
     times = []
-    for i in range(1 if machine.rehearse else 3 + rounds):
+    for _ in range(1 if machine.rehearse else 3 + rounds):
         start = time.perf_counter()
         call()
         if not machine.rehearse:
@@ -197,8 +199,12 @@ def epoch(machine: Machine) -> Row:
         return sample_plan(FULL, index, 0, 0, B, side, device=machine.device)
 
     plan = draw()
+
+    def batches(backend: str) -> None:
+        for start in range(0, M, B):
+            apply(machine, images, labels, plan[start:start + B], backend)
+
     row = {"plan ms": eager_milliseconds(machine, draw)}
     for backend in usable(machine, images, labels, plan[:B]):
-        row[f"{backend} ms"] = machine.milliseconds(lambda: [
-            apply(machine, images, labels, plan[start:start + B], backend) and None for start in range(0, M, B)])
+        row[f"{backend} ms"] = machine.milliseconds(partial(batches, backend))
     return f"epoch of {M} images, {side} px", row

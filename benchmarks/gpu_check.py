@@ -28,6 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import torch  # noqa: E402
 
 from deit_fast.training.files import atomic_write  # noqa: E402
+from gpu.augment import augmentation  # noqa: E402
 from gpu.correct import graphs, parity  # noqa: E402
 from gpu.machine import Machine  # noqa: E402
 from gpu.op_speeds import op_speeds, rates  # noqa: E402
@@ -36,7 +37,7 @@ from gpu.training import losses, train_step  # noqa: E402
 
 BUDGET = 7 * 60.0  # seconds after which a section takes no new row
 SECTIONS = {"parity": parity, "graphs": graphs, "losses": losses, "rates": rates, "ops": op_speeds, "step": train_step,
-            "presets": preset_speeds}
+            "presets": preset_speeds, "augment": augmentation}
 
 
 def environment(machine: Machine) -> dict[str, str]:

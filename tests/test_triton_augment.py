@@ -32,7 +32,7 @@ def _triton(monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
         from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-        def rounded_once(builder: InterpreterBuilder, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
+        def rounded_once(_: InterpreterBuilder, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
             exact = x.data.astype(numpy.float64) * y.data.astype(numpy.float64) + z.data
             return TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
 
@@ -42,7 +42,8 @@ def _triton(monkeypatch: pytest.MonkeyPatch) -> None:
 def batch(B: int, source: tuple[int, int], size: tuple[int, int], layout: str = "chw", seed: int = 0,
           **options: object) -> Batch:
     M = 2 * B + 1
-    return random_images(M, *source, layout), torch.arange(M) % 10, random_plan(B, M, source, size, seed=seed, **options)
+    plan = random_plan(B, M, source, size, seed=seed, **options)
+    return random_images(M, *source, layout), torch.arange(M) % 10, plan
 
 
 def ours(inputs: Batch, size: tuple[int, int], **settings: object) -> tuple[Tensor, Tensor]:
@@ -171,16 +172,18 @@ def test_no_rows_and_many_classes() -> None:
 
 
 CLAMPED = [  # field, what is written into the first row, what the kernel takes it for on 5 images of 12x12
-    ("index", -5, 0), ("index", 2**62, 4), ("crop", -(2**31), -12), ("crop", 2**31 - 1, 12), ("jitter", -7, 0),
-    ("jitter", 2**31 - 1, 64 << 16), ("partner", -(2**63), 0), ("partner", 99, 1), ("lam", -1.0, 0.0), ("lam", 7.0, 1.0),
-    ("lam", float("nan"), 0.0),
+    ("index", -1, 0), ("index", 5, 4), ("index", 2**40, 4), ("crop", -(2**31), -12), ("crop", 2**31 - 1, 12),
+    ("jitter", -7, 0), ("jitter", 2**31 - 1, 64 << 16), ("partner", -(2**63), 0), ("partner", 99, 1),
+    ("lam", -1.0, 0.0), ("lam", 7.0, 1.0), ("lam", float("nan"), 0.0),
 ]
 
 
 @pytest.mark.parametrize(("field", "value", "meant"), CLAMPED)
 def test_values_are_clamped(field: str, value: float, meant: float) -> None:
     """No value can make the kernel read outside the images; numbers outside their range count as its nearest end."""
-    images, labels, plan = batch(2, (12, 12), (12, 12), resizes=False, hue=False)
+    images, labels, plan = random_images(5, 12, 12), torch.arange(5), neutral_plan(torch.tensor([2, 3]))
+    plan = replace(plan, partner=torch.tensor([1, 0]), lam=torch.tensor([0.6, 0.3]),
+                   jitter=torch.tensor([[90_000, 50_000, 70_000]] * 2, dtype=torch.int32))
     wrong, right = (getattr(plan, field).clone() for _ in range(2))
     wrong[0], right[0] = value, meant
     x, targets = ours((images, labels, replace(plan, **{field: wrong})), (12, 12))

@@ -209,10 +209,12 @@ def test_attention_tiles(D: int) -> None:
     assert attention.backward_shape(1025, 64, 2) is None
 
 
-@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 33), (28, 28), (32, 32), (33, 17), (45, 45), (46, 45), (64, 64),
-                                               (96, 96), (224, 224), (3, 1100), (384, 384), (1, 32768), (32768, 32768)])
+@pytest.mark.parametrize(("height", "width"), [
+    (1, 1), (1, 33), (28, 28), (32, 32), (33, 17), (45, 45), (46, 45), (64, 64), (96, 96), (224, 224), (3, 1100),
+    (384, 384), (1, 32768), (32768, 32768),
+])
 def test_augment_tiles(height: int, width: int) -> None:
-    """A program holds an image that fits its registers; of larger ones the sums are shared by no more than have tiles."""
+    """A program holds an image that fits its registers; the sums of larger ones are shared, at most one per tile."""
     BLOCK, SPLITS, num_warps = augment.tiles(height, width)
     area = height * width
     assert BLOCK & (BLOCK - 1) == 0 and BLOCK <= 2048 and num_warps in (1, 2, 4, 8, 16)
@@ -225,7 +227,7 @@ def test_augment_tiles(height: int, width: int) -> None:
 
 
 def test_augment_taps() -> None:
-    """Bicubic interpolation sees four source pixels along a side, and more where the source is larger than the output."""
+    """Bicubic interpolation sees four source pixels along a side, and more where the image shrinks."""
     assert augment.taps((32, 32), 32, 32) == augment.taps((8, 20), 32, 32) == 4
     assert augment.taps((500, 375), 224, 224) == 9 and augment.taps((375, 500), 224, 224) == 9
     assert augment.taps((5, 7), 1, 1) == 28

@@ -43,7 +43,7 @@ def tiles(height: int, width: int) -> Tiles:
 
 
 def taps(source: tuple[int, int], height: int, width: int) -> int:
-    """The most source pixels along a side that an output pixel of a resized crop can see: bicubic, of the whole source."""
+    """The most source pixels along a side that an output pixel can see: bicubic, the whole source resized."""
     return max(cdiv(4 * max(n, m), m) for n, m in zip(source, (height, width)))
 
 

@@ -26,7 +26,7 @@ RED_SECTOR, GREEN_SECTOR, BLUE_SECTOR = (tl.constexpr(sector) for sector in SECT
 @triton.jit
 def gray(r, g, b):
     """floor(0.2989 r + 0.587 g + 0.114 b), exactly; int32."""
-    return (GRAY_RED * r + GRAY_GREEN * g + GRAY_BLUE * b) >> 22
+    return (r * GRAY_RED + g * GRAY_GREEN + b * GRAY_BLUE) >> 22
 
 
 @triton.jit
@@ -163,7 +163,7 @@ def noise_angle(word):
 
 @triton.jit
 def noise(key, pixel):
-    """Three N(0, 1) numbers, fp32, for the channels of each pixel, int64 (y W + x), a tile or a scalar; key: int64 scalar."""
+    """Three N(0, 1) numbers, fp32, for the channels of pixel y W + x: int64, a tile or a scalar, like the key."""
     w0, w1, w2, w3 = words_of(key, pixel, 0)
     radius = noise_radius(w0)
     cosine, sine = noise_angle(w1)

@@ -4,8 +4,8 @@ A crop is an address. A resized crop is a weighted sum over a window of source p
 columns, not to pixels, so `augment_weights_kernel` makes a table of them first, and the sum over the window then only
 multiplies. The table has room for bicubic weights of the whole source; loops run over what a row's box needs.
 
-Tuples between the functions: `source` (images, M, strides of image, channel, y and x, source height and width), `window`
-(index, crop, flip, vflip), `resize` (resized_crop, bicubic, and the table: first places, weights).
+Tuples between the functions: `source` (images, M, strides of image, channel, y and x, source height and width),
+`window` (index, crop, flip, vflip), `resize` (resized_crop, bicubic, and the table: first places, weights).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def filter_value(j, place, n, m, bicubic):
 @triton.jit(do_not_specialize=["source_h", "source_w"], do_not_specialize_on_alignment=["box_ptr", "bicubic_ptr"])
 def augment_weights_kernel(box_ptr, bicubic_ptr, first_ptr, weights_ptr, source_h, source_w, H: tl.constexpr,
                            W: tl.constexpr, TAPS: tl.constexpr, BLOCK: tl.constexpr):
-    """first (B, H' + W') int32: the first source place of every output row and column; weights (B, TAPS, H' + W') int32.
+    """first (B, H' + W') int32: the first source place of each output row and column; weights (B, TAPS, H' + W') int32.
 
     Both are relative to the box. A row of the plan without a box is left as it is.
     """

@@ -6,7 +6,7 @@ clamped into range, never checked, as in csrc/cuda/augment.cu. Contrast needs th
 program holds the image it adds up its own pixels, else `augment_gray_kernel` leaves sums for it.
 
 More tuples than augment_geometry.py's: `colors` (jitter_order, jitter, grayscale, sums of grays), `boxes` (erase,
-noise_key), `affine` (scale and bias of red, green, blue), `tile` (pixel numbers, y, x, first and last y, inside).
+noise_key), `affine` (scale and bias of red, green, blue), `tile` (pixel numbers, y, x, first and last y).
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def reaches(box_ptr, first_y, last_y, H: tl.constexpr):
 
 
 @triton.jit
-def jittered(r, g, b, factors, colors, row, inside, AREA: tl.constexpr, J: tl.constexpr, SPLITS: tl.constexpr):
-    """(r, g, b) after the row's color operations in its order; inside: which of the tile's pixels the image has."""
+def jittered(r, g, b, factors, colors, row, AREA: tl.constexpr, J: tl.constexpr, SPLITS: tl.constexpr):
+    """(r, g, b) after the row's color operations in its order."""
     order_ptr, _, _, sums_ptr = colors
     order = load_order(order_ptr, row, J)
     for step in range(J):  # a loop: unrolled, eight copies of all operations cost more in instructions than they save
@@ -48,7 +48,7 @@ def jittered(r, g, b, factors, colors, row, inside, AREA: tl.constexpr, J: tl.co
         addend = kind * 0
         if (kind == CONTRAST) & (factors[1] != ONE):
             if SPLITS == 0:
-                total = tl.sum(tl.where(inside, gray(r, g, b), 0)).to(tl.int64)
+                total = tl.sum(gray(r, g, b)).to(tl.int64)  # past the image pixels are black until contrast
             else:
                 total = tl.sum(tl.load(sums_ptr + row * SPLITS + tl.arange(0, SPLITS)))
             addend = contrast_base(total, factors[1], AREA)
@@ -58,9 +58,9 @@ def jittered(r, g, b, factors, colors, row, inside, AREA: tl.constexpr, J: tl.co
 
 @triton.jit
 def erased(r, g, b, boxes, row, tile, R: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr, REMODE: tl.constexpr):
-    """(r, g, b) fp32 with the row's boxes filled: noise, a color of each box, or 0; no box reaches the tile: no work."""
+    """(r, g, b) fp32 with the row's boxes filled: noise, a color per box, or 0; no box reaches the tile: no work."""
     erase_ptr, key_ptr = boxes
-    p, y, x, first_y, last_y, _ = tile
+    p, y, x, first_y, last_y = tile
     hit = tl.zeros((BLOCK,), tl.int1)
     reached = False
     for i in range(R):
@@ -87,7 +87,7 @@ def finished(r, g, b, factors, colors, boxes, affine, row, tile, AREA: tl.conste
              R: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, REMODE: tl.constexpr):
     """(r, g, b) fp32 (BLOCK,) of a row's source pixels, all done but mixing."""
     if changes(factors):
-        r, g, b = jittered(r, g, b, factors, colors, row, tile[5], AREA, J, SPLITS)
+        r, g, b = jittered(r, g, b, factors, colors, row, AREA, J, SPLITS)
     if tl.load(colors[2] + row) != 0:
         r = gray(r, g, b)
         g, b = r, r
@@ -130,15 +130,15 @@ def augment_gray_kernel(images_ptr, index_ptr, box_ptr, bicubic_ptr, first_ptr, 
         total = tl.zeros((BLOCK,), tl.int64)
         for number in range(split, TILES, SPLITS):
             p = number * BLOCK + tl.arange(0, BLOCK)
-            inside = p < H * W
-            r, g, b = source_pixels(source, window, resize, row, p // W, p % W, inside, H, W, BLOCK, TAPS, REFLECT, WIDE)
+            r, g, b = source_pixels(source, window, resize, row, p // W, p % W, p < H * W, H, W, BLOCK, TAPS, REFLECT,
+                                    WIDE)
             before = True
             for step in range(J):
                 kind = color_at(order, step, J)
                 before = before & (kind != CONTRAST)
                 if before:
                     r, g, b = color(r, g, b, kind, factors, 0, J)
-            total += tl.where(inside, gray(r, g, b), 0)
+            total += gray(r, g, b)  # past the image pixels are black until contrast
         tl.store(sums_ptr + row * SPLITS + split, tl.sum(total))
 
 
@@ -165,7 +165,7 @@ def augment_fwd_kernel(images_ptr, labels_ptr, index_ptr, box_ptr, bicubic_ptr, 
     lam = tl.minimum(tl.maximum(tl.load(lam_ptr + row), 0.0), 1.0)
     p = number * BLOCK + tl.arange(0, BLOCK)
     y, x, inside = p // W, p % W, p < H * W
-    tile = (p, y, x, number * BLOCK // W, (number * BLOCK + BLOCK - 1) // W, inside)
+    tile = (p, y, x, number * BLOCK // W, (number * BLOCK + BLOCK - 1) // W)
     cut_ptr += 4 * row
     cuts = (tl.load(cut_ptr + 2) > 0) & (tl.load(cut_ptr + 3) > 0)
     mixes = cuts | (lam != 1.0)

@@ -90,8 +90,8 @@ def test_every_instruction_set(isa: str) -> None:
         pytest.skip(reason)
     assert forced == isa
     names = " or ".join(f"{op}-cpu-{variant}" for op in OPS for variant in ("fp32", "bf16mixed"))
-    result = in_a_process_forced_to(isa, "-m", "pytest", "-x", "-p", "no:cacheprovider", str(TESTS / "test_parity.py"),
-                                    "-k", f"({names}) and test_eager")
+    result = in_a_process_forced_to(isa, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-k",
+                                    f"({names}) and test_eager", str(TESTS / "test_parity.py"))
     assert result.returncode == 0, result.stdout[-3000:]
     assert f"CPU kernels: {isa}," in result.stdout
 
@@ -104,15 +104,18 @@ def test_an_instruction_set_that_is_not_there_is_named() -> None:
 
 
 @pytest.mark.parametrize("fast_bf16", [False, True])
-def test_the_automatic_order_leaves_wide_training_to_fast_products(monkeypatch: pytest.MonkeyPatch, fast_bf16: bool) -> None:
-    """PyTorch's fp32 products always count as fast, its bf16 ones where the processor has them; narrow layers never wait."""
+def test_the_automatic_order_leaves_wide_layers_to_fast_products(monkeypatch: pytest.MonkeyPatch,
+                                                                 fast_bf16: bool) -> None:
+    """Wider than 128 in training, than 256 in inference; bf16 products are fast where the processor has them."""
     monkeypatch.setattr(launch, "FAST_BF16", fast_bf16)
+    native = ("cpu", "triton")
     for dtype, fast in ((torch.float32, True), (torch.bfloat16, fast_bf16)):
-        wide, narrow = torch.zeros(2, 192, dtype=dtype), torch.zeros(2, 64, dtype=dtype)
-        assert launch.order(wide) == (() if fast else ("cpu", "triton"))
-        assert launch.order(wide, 0.1, torch.tensor(1)) == launch.order(narrow) == ("cpu", "triton")
+        narrow, middle, wide = (torch.zeros(2, C, dtype=dtype) for C in (64, 192, 384))
+        left = () if fast else native
+        assert [launch.order(x) for x in (narrow, middle, wide)] == [native, left, left]
+        assert launch.order(wide, 0.0, torch.tensor(1)) == left and launch.order(wide, 0.1, torch.tensor(1)) == native
         with torch.no_grad():
-            assert launch.order(wide) == ("cpu", "triton")
+            assert [launch.order(x) for x in (narrow, middle, wide)] == [native, native, left]
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 1 - 1e-12])

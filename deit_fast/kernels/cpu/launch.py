@@ -33,17 +33,18 @@ def why_not(x: Tensor, features: int, dropout_p: float = 0.0, seed: Tensor | Non
 
 
 def order(x: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None) -> tuple[str, ...]:
-    """The automatic order for activations x (..., C): C++ first, but not where training a wide layer is slower in it.
+    """The automatic order for activations x (..., C): C++ first, but not where a wide layer is slower in it.
 
-    Measured on one core with AMX, 1584 rows of C = 192 and 528 of C = 384, forward and backward together against oneDNN's and
-    MKL's products: 0.8 to 1.0 times as fast in fp32 and 0.8 to 1.1 in bf16, while C = 64 reaches 1.0 to 1.7 and every forward
-    alone about 1. On one Zen 3 core (AVX2) they train at 0.67 to 0.94 of MKL's speed in fp32, but at 9 to 16 times
-    PyTorch's in bf16. Seeded dropout costs `reference` 30 times PyTorch's own, so with it C++ is always first.
+    Measured on one core against oneDNN's and MKL's products, forward and backward together. With AMX, 1584 rows of
+    C = 192 and 528 of C = 384: 0.8 to 1.0 times as fast in fp32 and 0.8 to 1.1 in bf16, while C = 64 reaches 1.0 to
+    1.7 and every forward alone about 1. Zen 3 (AVX2), rows of the presets: 0.6 to 0.9 in fp32; a forward alone 0.9 to
+    1.2 at C = 192 and 0.87 to 1.0 at 384 and 768; in bf16 6 to 30 times as fast as PyTorch. Seeded dropout costs
+    `reference` 30 times PyTorch's own, so with it C++ is always first.
     """
-    training = torch.is_grad_enabled() and x.device.type == "cpu"
-    good_products = x.dtype != torch.bfloat16 or FAST_BF16
     plain = seed is None or dropout_p == 0.0
-    return () if training and x.shape[-1] > 128 and plain and good_products else ("cpu", "triton")
+    if x.device.type != "cpu" or not plain or (x.dtype == torch.bfloat16 and not FAST_BF16):
+        return ("cpu", "triton")
+    return ("cpu", "triton") if x.shape[-1] <= (128 if torch.is_grad_enabled() else 256) else ()
 
 
 def pointer(tensor: Tensor | None) -> int:

@@ -16,6 +16,8 @@ constexpr int ROWS = 6, COLUMNS = 4;
 #else
 constexpr int ROWS = 6, COLUMNS = 2;  // 16 registers
 #endif
+// Rows of a block of one column: two multiply-adds a cycle of a latency of 4 need 8 independent sums; 66 = 6 x 11.
+constexpr int TALL = 11;
 
 struct Product {
     const float* a;  // (rows, depth)
@@ -27,12 +29,12 @@ struct Product {
     long c_row;
 };
 
-template <int R, int C, bool ADD> inline void product_block(const Product& p, long row, long column) {
+template <int R, int C, bool ADD> [[gnu::always_inline]] inline void product_block(const Product& p, long row, long column) {
     const float* a = p.a + row * p.a_row;
     const float* b = p.b + column * LANES;
     float* c = p.c + row * p.c_row + column * LANES;
     Vec sum[R][C];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
         for (int v = 0; v < C; ++v) sum[r][v] = Vec{};
@@ -40,14 +42,14 @@ template <int R, int C, bool ADD> inline void product_block(const Product& p, lo
         Vec x[C];
 #pragma GCC unroll 4
         for (int v = 0; v < C; ++v) x[v] = load(b + k * p.b_k + v * LANES);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
             const Vec y = set1(a[r * p.a_row + k * p.a_k]);
 #pragma GCC unroll 4
             for (int v = 0; v < C; ++v) sum[r][v] = fma(y, x[v], sum[r][v]);
         }
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
         for (int v = 0; v < C; ++v) {
@@ -56,21 +58,20 @@ template <int R, int C, bool ADD> inline void product_block(const Product& p, lo
         }
 }
 
-template <int R, int C, bool ADD> inline void product_columns(const Product& p, long rows, long column) {
-    long row = 0;
+// Rows from `row` on, in blocks of R rows and the rest in smaller ones.
+template <int R, int C, bool ADD> [[gnu::always_inline]] inline void product_columns(const Product& p, long row, long rows, long column) {
     for (; row + R <= rows; row += R) product_block<R, C, ADD>(p, row, column);
-    if (R > 2 && row + 2 <= rows)
-        for (; row + 2 <= rows; row += 2) product_block<2, C, ADD>(p, row, column);
-    for (; row < rows; ++row) product_block<1, C, ADD>(p, row, column);
+    if constexpr (R > 1)
+        if (row < rows) product_columns<R / 2, C, ADD>(p, row, rows, column);
 }
 
 // All `rows` x `vecs` of the product, in blocks of R x C.
-template <bool ADD, int R = ROWS, int C = COLUMNS> inline void product(const Product& p, long rows, long vecs) {
+template <bool ADD, int R = ROWS, int C = COLUMNS> [[gnu::always_inline]] inline void product(const Product& p, long rows, long vecs) {
     long column = 0;
-    for (; column + C <= vecs; column += C) product_columns<R, C, ADD>(p, rows, column);
+    for (; column + C <= vecs; column += C) product_columns<R, C, ADD>(p, 0, rows, column);
     if constexpr (C > 2)
-        if (column + 2 <= vecs) product_columns<R, 2, ADD>(p, rows, column), column += 2;
-    if (column < vecs) product_columns<R, 1, ADD>(p, rows, column);
+        if (column + 2 <= vecs) product_columns<R, 2, ADD>(p, 0, rows, column), column += 2;
+    if (column < vecs) product_columns<TALL, 1, ADD>(p, 0, rows, column);
 }
 
 }  // namespace deit

@@ -65,16 +65,23 @@ inline Words token_columns(Tile<bf16> tile, long rows, long width, float* room) 
 
 // ---- Parameters: fp32 or bf16 behind a void pointer.
 
+// The first n lanes of LANES: almost always all of them, and without masks a part is a call of memcpy.
+template <class T> inline Vec load_first(const T* p, int n) { return n == LANES ? load(p) : load(p, n); }
+template <class T> inline void store_first(T* p, Vec v, int n) {
+    if (n == LANES) store(p, v);
+    else store(p, v, n);
+}
+
 struct Param {
     void* p;      // null: left out
     bool is_bf16;
 
     Vec load_at(long i, int n) const {
-        return is_bf16 ? load(static_cast<const bf16*>(p) + i, n) : load(static_cast<const float*>(p) + i, n);
+        return is_bf16 ? load_first(static_cast<const bf16*>(p) + i, n) : load_first(static_cast<const float*>(p) + i, n);
     }
     void store_at(long i, Vec v, int n) const {
-        if (is_bf16) store(static_cast<bf16*>(p) + i, v, n);
-        else store(static_cast<float*>(p) + i, v, n);
+        if (is_bf16) store_first(static_cast<bf16*>(p) + i, v, n);
+        else store_first(static_cast<float*>(p) + i, v, n);
     }
 };
 

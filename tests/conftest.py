@@ -14,6 +14,7 @@ import torch  # noqa: E402
 
 import deit_fast  # noqa: E402
 from deit_fast.kernels import cpu  # noqa: E402
+from deit_fast.kernels.cpu import launch  # noqa: E402
 
 
 def pytest_report_header() -> list[str]:
@@ -25,8 +26,9 @@ def pytest_report_header() -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def _fresh_state():
-    """Every test starts from the same seed and leaves no compiled graph behind."""
+def _fresh_state(monkeypatch):
+    """Every test starts from the same seed, takes every thread for the smallest call, and leaves no compiled graph."""
     torch.manual_seed(0)
+    monkeypatch.setattr(launch, "GRAIN", 1)
     yield
     torch._dynamo.reset()

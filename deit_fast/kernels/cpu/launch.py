@@ -18,6 +18,9 @@ DTYPES = (torch.float32, torch.bfloat16)
 # oneDNN takes no bf16 product and PyTorch's own loops run at a tenth of its fp32 rate.
 FAST_BF16 = module is not None and module.supported_isas()[0] not in ("avx2", "generic")
 
+# FLOP that are worth a thread, some 50 us of work: less than that is lost again on waking it and on barriers.
+GRAIN = 4_000_000
+
 
 def why_not(x: Tensor, features: int, dropout_p: float = 0.0, seed: Tensor | None = None) -> str | None:
     """Why the C++ kernels cannot serve activations x (..., C) with this many output or hidden features, or None."""
@@ -45,6 +48,11 @@ def order(x: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None) -> tupl
     if x.device.type != "cpu" or not plain or (x.dtype == torch.bfloat16 and not FAST_BF16):
         return ("cpu", "triton")
     return ("cpu", "triton") if x.shape[-1] <= (128 if torch.is_grad_enabled() else 256) else ()
+
+
+def threads(flop: int) -> int:
+    """The threads for so much work: PyTorch's number, but fewer for a small call. No result depends on it."""
+    return max(1, min(torch.get_num_threads(), flop // GRAIN))
 
 
 def pointer(tensor: Tensor | None) -> int:

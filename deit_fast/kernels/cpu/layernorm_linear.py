@@ -47,4 +47,4 @@ def _call(tensors: tuple[Tensor | None, ...], eps: float, saved: list[Tensor]):
     F, C = tensors[3].shape
     mean, rstd = map(launch.pointer, saved) if saved else (0, 0)
     return module.LayerNormLinear(x.dtype == torch.bfloat16, x.numel() // C, C, F, eps, x.data_ptr(), mean, rstd,
-                                  *map(launch.parameter, parameters), torch.get_num_threads())
+                                  *map(launch.parameter, parameters), launch.threads(2 * x.numel() * F))

@@ -53,4 +53,4 @@ def _call(tensors: tuple[Tensor | None, ...], eps: float, saved: list[Tensor], s
     F, C = tensors[3].shape
     mean, rstd = map(launch.pointer, saved) if saved else (0, 0)
     return module.LayerNormMlp(x.dtype == torch.bfloat16, x.numel() // C, C, F, eps, x.data_ptr(), mean, rstd,
-                               *map(launch.parameter, parameters), *settings, torch.get_num_threads())
+                               *map(launch.parameter, parameters), *settings, launch.threads(4 * x.numel() * F))

@@ -46,4 +46,4 @@ def backward(grad: Tensor, saved: list[Tensor], needs: list[bool], x: Tensor, we
 def _call(x: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple):
     F, C = weight.shape
     return module.LinearResidual(x.dtype == torch.bfloat16, x.numel() // C, C, F, x.data_ptr(), launch.parameter(weight),
-                                 launch.parameter(bias), *settings, torch.get_num_threads())
+                                 launch.parameter(bias), *settings, launch.threads(2 * x.numel() * F))

@@ -309,4 +309,5 @@ def test_flags_reach_the_recipe(flips: bool) -> None:
     split = Split(torch.zeros((4, 3, 8, 8), dtype=torch.uint8), torch.zeros(4, dtype=torch.int64))
     recipe = build_recipe(asked, SimpleNamespace(train=split, flips=flips))
     assert recipe == Recipe(rrc=True, scale=(0.5, 1.0), hue=0.1, vflip=0.5 if flips else 0.0,
-                            hflip=0.4 if flips else 0.0, grayscale=0.2, alternating_flip=True, remode="rand", reprob=0.1, padding_mode="reflect")
+                            hflip=0.4 if flips else 0.0, grayscale=0.2, alternating_flip=True, remode="rand",
+                            reprob=0.1, padding_mode="reflect")

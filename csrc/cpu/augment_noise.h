@@ -1,18 +1,10 @@
 // Rows of erased pixels: Philox and Box-Muller, a vector of pixels at a time. The numbers are augment::noise's.
 #pragma once
 
-#if defined(__AVX2__)
-// GCC 12 warns of its own headers: https://gcc.gnu.org/bugzilla/show_bug.cgi?id=105593
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-#endif
-
 #include <algorithm>
 
 #include "augment.h"
+#include "simd.h"  // the intrinsics
 
 namespace {
 

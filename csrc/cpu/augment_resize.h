@@ -6,18 +6,10 @@
 // multiply-adds change a result.
 #pragma once
 
-#if defined(__SSE2__)
-// GCC 12 warns of its own headers: https://gcc.gnu.org/bugzilla/show_bug.cgi?id=105593
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-#endif
-
 #include <algorithm>
 
 #include "augment_filter.h"
+#include "simd.h"  // the intrinsics
 
 namespace {
 

@@ -12,7 +12,7 @@ namespace {
 
 using namespace augment;
 
-constexpr int RESIZE_THREADS = 256;
+constexpr int RESIZE_THREADS = 256, WEIGHT_THREADS = 128;
 
 template <class T>
 __host__ __device__ T clamp(T x, T low, T high) {
@@ -56,12 +56,12 @@ __device__ void source_box(const Args& a, int64_t i, int32_t& y, int32_t& x, int
     h = clamp(box[2], 1, a.source_h - y), w = clamp(box[3], 1, a.source_w - x);
 }
 
-__global__ void __launch_bounds__(RESIZE_THREADS) resize_weights_kernel(const Args a) {
+__global__ void __launch_bounds__(WEIGHT_THREADS) resize_weights_kernel(const Args a) {
     const int64_t i = blockIdx.x;
     if (!resizes(a, i)) return;
     int32_t y, x, h, w;
     source_box(a, i, y, x, h, w);
-    for (int64_t place = threadIdx.x; place < a.height + a.width; place += RESIZE_THREADS) {
+    for (int64_t place = threadIdx.x; place < a.height + a.width; place += WEIGHT_THREADS) {
         const bool vertical = place < a.height;
         const int64_t m = vertical ? a.height : a.width, to = vertical ? place : place - a.height;
         const bool flip = vertical ? a.vflip[i] : a.flip[i];
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(RESIZE_THREADS) resize_kernel(const Args a) {
 inline void resize(const Args& a, cudaStream_t stream) {
     const int64_t area = int64_t(a.height) * a.width;
     const dim3 grid(unsigned(a.B), unsigned((area + RESIZE_THREADS - 1) / RESIZE_THREADS));
-    resize_weights_kernel<<<unsigned(a.B), RESIZE_THREADS, 0, stream>>>(a);
+    resize_weights_kernel<<<unsigned(a.B), WEIGHT_THREADS, 0, stream>>>(a);
     resize_kernel<<<grid, RESIZE_THREADS, 0, stream>>>(a);
 }
 

@@ -6,6 +6,7 @@ Inductor's on-disk cache is off: after a fake implementation is mended it still 
 from __future__ import annotations
 
 import os
+import sys
 
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 
@@ -32,3 +33,5 @@ def _fresh_state(monkeypatch):
     monkeypatch.setattr(launch, "GRAIN", 1)
     yield
     torch._dynamo.reset()
+    if (common := sys.modules.get("deit_fast.kernels.triton.common")) is not None:
+        common.FAILED.clear()  # a kernel that does not compile must not fail the tests behind it

@@ -38,7 +38,7 @@ def test_every_section(tmp_path: Path) -> None:
     script = (ROOT / "scripts/gpu.sh").read_text()
     listed = re.search(r"set -- (.*)", script)[1].split()
     assert set(results) - {"environment"} <= set(listed), "scripts/gpu.sh leaves out a section"
-    assert results["parity"]["tests/test_parity.py"]["exit"] == 0
+    assert results["parity"]["tests/test_parity.py attention"]["exit"] == 0
     assert all(row["equal"] for row in results["graphs"].values())
     agreeing = [row["equal"] for name, row in results["losses"].items() if "graphs against eager" in name]
     assert agreeing and all(agreeing)

@@ -31,7 +31,8 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1: this pr
 NANO = "deit_nano_distilled_patch4_32"
 TINY, SMALL = "deit_tiny_distilled_patch16_224", "deit_small_distilled_patch16_224"
 ALL_OPS = ["layernorm_linear", "attention", "linear_residual", "layernorm_mlp", "distillation_loss"]
-KERNEL_MODULES = (attention_kernels, augment_geometry, augment_kernels, linear_kernels, mlp_kernels, rowwise, reduction, distillation_loss)
+KERNEL_MODULES = (attention_kernels, augment_geometry, augment_kernels, linear_kernels, mlp_kernels, rowwise, reduction,
+                  distillation_loss)
 
 
 def launches(preset: str, dtype: str, names: list[str] = ALL_OPS) -> list[Launch]:

@@ -27,7 +27,7 @@ OPTIONS = {
     "finetune": None, "model_ema": False, "model_ema_decay": 0.99996, "model_ema_warmup": False,
     "distillation_type": "soft", "distillation_alpha": 0.5, "distillation_tau": 3.0,
     "distillation_reduction": "batchmean", "teacher_model": "resnet50", "teacher_stem": "auto",
-    "teacher_weights": "none", "teacher_path": None, "teacher_epochs": 10, "teacher_lr": 0.02,
+    "teacher_weights": "none", "teacher_path": None, "teacher_epochs": 10, "teacher_lr": 0.001,
     "teacher_batch_size": 128, "teacher_input_size": None, "teacher_cache": None, "teacher_logits": "auto",
     "epochs": 20, "opt": "adam", "lr": 1e-3, "unscale_lr": True, "sched": "constant", "warmup_epochs": 0.0,
     "warmup_lr": 1e-6, "min_lr": 1e-5, "decay_epochs": 30.0, "decay_rate": 0.1, "weight_decay": 0.0, "momentum": 0.9,

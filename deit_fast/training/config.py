@@ -157,7 +157,7 @@ class DistillationConfig(Section):
                                    "ImageNet weights", choices=("none", "DEFAULT"))
     teacher_path: str | None = setting(None, "checkpoint of a teacher that is trained already", metavar="PATH")
     teacher_epochs: int = setting(10, "epochs of the teacher's training", within="[1, inf)")
-    teacher_lr: float = setting(0.02, "peak learning rate of the teacher's training", within="(0, inf)")
+    teacher_lr: float = setting(0.001, "peak learning rate of the teacher's training", within="(0, inf)")
     teacher_batch_size: int = setting(128, "batch size of the teacher's training", within="[1, inf)")
     teacher_input_size: int | None = setting(None, "resize images for the teacher; none: it sees the student's",
                                              within="[1, inf)")

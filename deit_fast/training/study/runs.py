@@ -169,7 +169,10 @@ def check_folder(run: Run, fingerprint: str) -> None:
             raise ConfigError(f"{run.folder} holds a checkpoint without its config.yaml. Choose another --output-dir.")
         return
     theirs, ours = to_dict(from_dict(read_yaml(str(path)))), to_dict(run.config)
-    different = [key for key in ours if key not in FREE_ON_RESUME and key != "epochs" and theirs[key] != ours[key]]
+    unread = DISTILLING - {"distillation_type"} if ours["distillation_type"] == theirs["distillation_type"] == "none" else set()
+    different = [
+        key for key in ours if key not in {*FREE_ON_RESUME, *unread, "epochs"} and theirs[key] != ours[key]
+    ]
     longer = run.config.optim.sched != "cosine" and ours["epochs"] > theirs["epochs"]  # such a run may simply go on
     if ours["epochs"] != theirs["epochs"] and not longer:
         different.append("epochs")

@@ -38,7 +38,6 @@ SMOKE = {
     "batch_size": 32,
     "teacher_model": "resnet18",
     "teacher_epochs": 2,
-    "teacher_lr": 0.02,
     "teacher_batch_size": 32,
     "log_interval": 1000,
 }

@@ -57,12 +57,14 @@ class Op:
     """An op and its native backends, in the automatic order of preference.
 
     `offers` maps a native backend to its Offer; `order(*call)` returns the backends to try for a call, best first, and
-    defaults to the order of `offers`. Creating an Op registers it under its name.
+    defaults to the order of `offers`; `parts` are the ops whose work it does in one call, which a record names with it.
+    Creating an Op registers it under its name.
     """
 
     name: str
     offers: Mapping[str, Offer] = field(default_factory=dict)
     order: Callable[..., tuple[str, ...]] | None = None
+    parts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         OPS[self.name] = self
@@ -103,7 +105,7 @@ class Op:
             self._require(asked, *call)
             chosen = asked
         if _record is not None:
-            _record[self.name] = chosen
+            _record.update(dict.fromkeys((self.name, *self.parts), chosen))
         return chosen
 
     def run(self, requested: str | None, call: tuple, compute: Callable[[str], Result]) -> Result:

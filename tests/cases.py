@@ -207,6 +207,38 @@ LAYERNORM_MLP = [
 ]
 
 
+def _block(m: Maker, B: int, N: int, C: int, H: int, F: int, **settings: Any) -> Inputs:
+    def named(inputs: Inputs, prefix: str) -> Inputs:
+        return {prefix + name.removeprefix("ln"): value for name, value in inputs.items()}
+
+    return {"x": m.normal(B, N, C), **named(_layernorm(m, C), "ln1"), **named(_linear(m, C, 3 * C), "qkv_"),
+            **named(_linear(m, C, C), "proj_"), **named(_layernorm(m, C), "ln2"), **_mlp(m, C, F), "num_heads": H,
+            **settings}
+
+
+def _without_biases(inputs: Inputs) -> Inputs:
+    return {name: None if name.endswith("bias") else value for name, value in inputs.items()}
+
+
+BLOCK = ("x", *(f"{name}_{kind}" for name in ("ln1", "qkv", "proj", "ln2", "fc1", "fc2") for kind in ("weight", "bias")))
+ENCODER_BLOCK = [
+    Case("encoder_block", name, make, tuple(g for g in BLOCK if g not in without), **flags)
+    for name, make, without, flags in (
+        ("1x1x8h1", lambda m: _block(m, 1, 1, 8, 1, 8), (), {}),
+        ("2x7x21h3", lambda m: _block(m, 2, 7, 21, 3, 50), (), {}),
+        ("2x66x64h8", lambda m: _block(m, 2, 66, 64, 8, 256, dropout_p=0.1, attn_dropout_p=0.1, seed=m.seed()), (),
+         {"compiled": True, "slow_interpreted": True}),
+        ("droppath", lambda m: _block(m, 6, 5, 16, 2, 24, dropout_p=0.25, seed=m.seed(), attn_row_scale=m.drop_path(6),
+                                      mlp_row_scale=m.drop_path(6)), (), {}),
+        ("nobias", lambda m: _without_biases(_block(m, 2, 5, 16, 2, 24)),
+         tuple(name for name in BLOCK if name.endswith("bias")), {}),
+        ("1x198x192h3", lambda m: _block(m, 1, 198, 192, 3, 768), (), {"slow_interpreted": True}),
+        ("transposed", lambda m: {**_block(m, 2, 9, 16, 2, 24), "x": m.normal(9, 2, 16).transpose(0, 1)}, (), {}),
+        ("empty", lambda m: _block(m, 0, 5, 16, 2, 24), (), {}),
+    )
+]
+
+
 def _logits(m: Maker, B: int, K: int, scale: float = 3.0) -> Inputs:
     return {"cls_logits": m.normal(B, K, scale=scale), "dist_logits": m.normal(B, K, scale=scale),
             "teacher_logits": m.normal(B, K, scale=scale)}
@@ -268,4 +300,4 @@ AUGMENT = [
     )
 ]
 
-CASES = [*LAYERNORM_LINEAR, *ATTENTION, *LINEAR_RESIDUAL, *LAYERNORM_MLP, *DISTILLATION_LOSS, *AUGMENT]
+CASES = [*LAYERNORM_LINEAR, *ATTENTION, *LINEAR_RESIDUAL, *LAYERNORM_MLP, *ENCODER_BLOCK, *DISTILLATION_LOSS, *AUGMENT]

@@ -17,6 +17,16 @@ def ones(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 LN, W, B = (ones(8), ones(8)), ones(4, 8), ones(4)
 MLP = (ones(16, 8), ones(16), ones(8, 16), ones(8))
 SEED = torch.tensor(0)
+
+
+def block(**change: object) -> torch.Tensor:
+    """A good call of encoder_block but for what `change` says."""
+    call = {"x": ones(2, 3, 8), "ln1_weight": ones(8), "ln1_bias": None, "qkv_weight": ones(24, 8), "qkv_bias": ones(24),
+            "proj_weight": ones(8, 8), "proj_bias": None, "ln2_weight": ones(8), "ln2_bias": ones(8),
+            "fc1_weight": MLP[0], "fc1_bias": MLP[1], "fc2_weight": MLP[2], "fc2_bias": MLP[3], "num_heads": 2}
+    return ops.encoder_block(**{**call, **change})
+
+
 BAD_CALLS = [
     (lambda: ops.attention(ones(2, 66, 190), 8), ValueError,
      "attention: qkv must have shape (B, N, 3*C) with C divisible by num_heads=8, got (2, 66, 190)."),
@@ -43,6 +53,18 @@ BAD_CALLS = [
     (lambda: ops.layernorm_mlp(ones(2, 8), *LN, ones(16, 8), ones(16), ones(8, 15), ones(8)), ValueError,
      "fc2_weight must have shape (8, 16), got (8, 15)."),
     (lambda: ops.layernorm_mlp(ones(2, 8), *LN, *MLP, dropout_p=-0.1), ValueError, "dropout_p must be in [0, 1)"),
+    (lambda: block(x=ones(2, 3)), ValueError,
+     "encoder_block: x must have shape (B, N, C) with C divisible by num_heads=2, got (2, 3)."),
+    (lambda: block(x=ones(2, 0, 8)), ValueError, "encoder_block: x must have shape (B, N, C)"),
+    (lambda: block(num_heads=3), ValueError, "with C divisible by num_heads=3, got (2, 3, 8)"),
+    (lambda: block(num_heads=2.0), TypeError, "encoder_block: num_heads must be an integer, got float."),
+    (lambda: block(qkv_weight=ones(16, 8)), ValueError, "encoder_block: qkv_weight must have shape (24, 8), got (16, 8)."),
+    (lambda: block(proj_weight=None), TypeError, "encoder_block: proj_weight must be a tensor, got NoneType."),
+    (lambda: block(fc1_weight=ones(8)), ValueError, "fc1_weight must have shape (F, 8), got (8,)."),
+    (lambda: block(fc2_weight=ones(8, 15)), ValueError, "fc2_weight must have shape (8, 16), got (8, 15)."),
+    (lambda: block(attn_dropout_p=1.0), ValueError, "encoder_block: attn_dropout_p must be in [0, 1), got 1.0."),
+    (lambda: block(mlp_row_scale=ones(3)), ValueError, "encoder_block: mlp_row_scale must have shape (2,), got (3,)."),
+    (lambda: block(backend="cuda"), BackendError, "encoder_block: backend 'cuda' is not offered. Usable here: reference"),
     (lambda: ops.distillation_loss(ones(2, 3), None, torch.tensor([0, 1]), kind="soft"), ValueError,
      "kind='soft' needs dist_logits; use a distilled model and a teacher"),
     (lambda: ops.distillation_loss(ones(2, 3), ones(2, 3), torch.tensor([0, 1]), kind="hard"), ValueError, "needs teacher_logits"),

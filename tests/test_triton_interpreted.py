@@ -42,6 +42,7 @@ GROUPS = {
     "attention": "attention",
     "linear": "layernorm_linear or linear_residual",
     "mlp": "layernorm_mlp",
+    "block": "encoder_block",
     "loss": "distillation_loss",
     "augment": "augment",
 }

@@ -1,23 +1,11 @@
 // Python's view of the GEMM ops: an object per call, which names the bytes of workspace that it needs and then runs in
-// it. The classes are module-local: two instruction sets are imported side by side. Pointers are integers; a parameter
-// is (pointer, is it bf16); 0 is a null pointer.
-#include <pybind11/pybind11.h>
-
-#include "ops.h"
+// it.
+#include "bind.h"
 
 namespace py = pybind11;
 using namespace deit;
 
 namespace {
-
-using Pointer = uintptr_t;
-using ParamArg = std::pair<Pointer, bool>;
-
-void* at(Pointer p) { return reinterpret_cast<void*>(p); }
-Param param(const ParamArg& p) { return {at(p.first), p.second}; }
-Residual residual(double p, int64_t seed, Pointer row_scale, long rows_per_sample) {
-    return {p, seed, static_cast<const float*>(at(row_scale)), rows_per_sample};
-}
 
 template <class Call> Call in(Call call, Pointer workspace) {
     call.workspace = at(workspace);
@@ -27,7 +15,6 @@ template <class Call> Call in(Call call, Pointer workspace) {
 }  // namespace
 
 void bind_gemm_ops(py::module_& m) {
-    using NoGil = py::call_guard<py::gil_scoped_release>;
     m.def("multiply_rate", &multiply_rate, NoGil());
     py::class_<LayerNormLinear>(m, "LayerNormLinear", py::module_local())
         .def(py::init([](bool is_bf16, long M, long C, long F, double eps, Pointer x, Pointer mean, Pointer rstd,

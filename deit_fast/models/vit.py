@@ -1,6 +1,6 @@
 """Vision Transformer and DeiT as ordinary PyTorch modules whose heavy parts are deit_fast's ops.
 
-A block is four ops (Dosovitskiy et al. 2020, pre-norm):
+A block is four ops (Dosovitskiy et al. 2020, pre-norm), called as one, `encoder_block`:
 
     qkv = LN(x) W_qkv + b                       layernorm_linear
     y   = softmax(q k^T / sqrt(D)) v            attention
@@ -84,11 +84,10 @@ class Block(nn.Module):
     def forward(self, x: Tensor, seed: Tensor | None = None) -> Tensor:
         drop, attn_drop = (self.drop, self.attn_drop) if self.training else (0.0, 0.0)
         attn, mlp = self.attn, self.mlp
-        qkv = ops.layernorm_linear(x, self.norm1.weight, self.norm1.bias, attn.qkv.weight, attn.qkv.bias, self.eps)
-        y = ops.attention(qkv, attn.num_heads, dropout_p=attn_drop, seed=seed)
-        x = ops.linear_residual(y, attn.proj.weight, attn.proj.bias, x, drop, seed, self.row_scale(x))
-        return ops.layernorm_mlp(x, self.norm2.weight, self.norm2.bias, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight,
-                                 mlp.fc2.bias, self.eps, drop, seed, self.row_scale(x))
+        return ops.encoder_block(
+            x, self.norm1.weight, self.norm1.bias, attn.qkv.weight, attn.qkv.bias, attn.proj.weight, attn.proj.bias,
+            self.norm2.weight, self.norm2.bias, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias,
+            attn.num_heads, self.eps, drop, attn_drop, seed, self.row_scale(x), self.row_scale(x))
 
     def row_scale(self, x: Tensor) -> Tensor | None:
         """Drop-path's factors (B,): 0 with probability `drop_path`, else 1 / (1 - drop_path); None when it is off."""

@@ -44,6 +44,9 @@ def check_activation(op: str, name: str, x: Tensor) -> None:
 
 def check_parameter(op: str, name: str, parameter: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:
     """A parameter has this shape, lies on x's device, and is fp32 or of x's dtype; only a bias may be None."""
+    if (isinstance(parameter, Tensor) and parameter.shape == shape and parameter.dtype == x.dtype
+            and parameter.device == x.device and parameter.layout is torch.strided):
+        return  # nearly every call; what follows only finds the words
     if parameter is None and name.endswith("bias"):
         return
     check_tensor(op, name, parameter)
@@ -55,13 +58,14 @@ def check_parameter(op: str, name: str, parameter: Tensor | None, shape: tuple[i
 
 def check_device(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
     """The tensor lies on the device of x."""
-    check(tensor.device == x.device, op, f"{name} must be on {x.device} like the activations, got {tensor.device}")
+    if tensor.device != x.device:
+        raise ValueError(f"{op}: {name} must be on {x.device} like the activations, got {tensor.device}.")
 
 
-def check_dropout(op: str, dropout_p: float, seed: Tensor | None, x: Tensor) -> None:
-    """0 <= dropout_p < 1, and the seed is None or a () int64 tensor on x's device."""
-    check_number(op, "dropout_p", dropout_p)
-    check(0.0 <= dropout_p < 1.0, op, f"dropout_p must be in [0, 1), got {dropout_p}")
+def check_dropout(op: str, dropout_p: float, seed: Tensor | None, x: Tensor, name: str = "dropout_p") -> None:
+    """0 <= dropout_p < 1 (it is called `name`), and the seed is None or a () int64 tensor on x's device."""
+    check_number(op, name, dropout_p)
+    check(0.0 <= dropout_p < 1.0, op, f"{name} must be in [0, 1), got {dropout_p}")
     if seed is None:
         return
     if not isinstance(seed, Tensor) or seed.dtype != torch.int64:
@@ -70,25 +74,25 @@ def check_dropout(op: str, dropout_p: float, seed: Tensor | None, x: Tensor) -> 
     check_device(op, "seed", seed, x)
 
 
-def check_row_scale(op: str, row_scale: Tensor | None, x: Tensor) -> None:
-    """row_scale is None or (B,) floating point on x's device, for x (B, ..., C)."""
+def check_row_scale(op: str, row_scale: Tensor | None, x: Tensor, name: str = "row_scale") -> None:
+    """row_scale (it is called `name`) is None or (B,) floating point on x's device, for x (B, ..., C)."""
     if row_scale is None:
         return
-    check_activation(op, "row_scale", row_scale)
-    check(x.dim() >= 2, op, f"row_scale needs x of shape (B, ..., C), got {tuple(x.shape)}")
+    check_activation(op, name, row_scale)
+    check(x.dim() >= 2, op, f"{name} needs x of shape (B, ..., C), got {tuple(x.shape)}")
     check(tuple(row_scale.shape) == (x.shape[0],), op,
-          f"row_scale must have shape ({x.shape[0]},), got {tuple(row_scale.shape)}")
-    check_device(op, "row_scale", row_scale, x)
+          f"{name} must have shape ({x.shape[0]},), got {tuple(row_scale.shape)}")
+    check_device(op, name, row_scale, x)
 
 
-def _autocast_is_on(x: Tensor) -> bool:
+def autocast_is_on(x: Tensor) -> bool:
     """Whether autocast is on for x's device; the meta device has none, and PyTorch does not answer the question for it."""
     return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Autocast's dtype where it is on for x's device and applies to x, else None."""
-    if not _autocast_is_on(x) or x.dtype == torch.float64:
+    if not autocast_is_on(x) or x.dtype == torch.float64:
         return None
     return torch.get_autocast_dtype(x.device.type)
 
@@ -100,6 +104,6 @@ def cast(dtype: torch.dtype | None, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 def without_autocast(x: Tensor) -> AbstractContextManager:
     """A context in which autocast is off for x's device: an op's implementation picks its own dtypes."""
-    if _autocast_is_on(x):
+    if autocast_is_on(x):
         return torch.autocast(x.device.type, enabled=False)
     return nullcontext()

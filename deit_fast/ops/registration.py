@@ -62,13 +62,14 @@ class NativeOp:
             backward neither sees it nor keeps it alive.
         out: `out(*call)` makes an uninitialised output (`x.new_empty(shape)`, never `empty_like`, which copies strides).
         order: `order(*call)` gives the automatic order where it depends on the call.
+        parts: the ops whose work this one does in one call.
     """
 
     def __init__(self, name: str, reference: Callable[..., Tensor], backends: Sequence[str], args: str,
                  grads: Sequence[str], out: Callable[..., Tensor], added: str | None = None,
-                 order: Callable[..., tuple[str, ...]] | None = None) -> None:
+                 order: Callable[..., tuple[str, ...]] | None = None, parts: tuple[str, ...] = ()) -> None:
         offers, self.modules = launchers(name, backends)
-        self.op, self.reference = Op(name, offers, order), reference
+        self.op, self.reference = Op(name, offers, order, parts), reference
         typed = [arg.split() for arg in args.split(", ")]  # [["Tensor", "x"], ...]
         names = [arg[-1] for arg in typed]
         self.grads = [names.index(grad) for grad in grads]

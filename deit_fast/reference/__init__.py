@@ -4,7 +4,8 @@ This package imports only torch, and nothing in it is ever a registered op, so `
 """
 
 from .augment import augment
-from .block import attention, layernorm_linear, layernorm_mlp, linear_residual
+from .block import attention, encoder_block, layernorm_linear, layernorm_mlp, linear_residual
 from .loss import distillation_loss
 
-__all__ = ["attention", "augment", "distillation_loss", "layernorm_linear", "layernorm_mlp", "linear_residual"]
+__all__ = ["attention", "augment", "distillation_loss", "encoder_block", "layernorm_linear", "layernorm_mlp",
+           "linear_residual"]

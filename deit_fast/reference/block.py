@@ -1,4 +1,4 @@
-"""The four ops of a transformer encoder block, as their papers write them (Vaswani et al. 2017, Dosovitskiy et al. 2020).
+"""A transformer encoder block and its four ops, as their papers write them (Vaswani et al. 2017, Dosovitskiy et al. 2020).
 
 B batch, N tokens, C width, H heads, D = C / H, F output features. Parameters may be fp32 beside bf16 or fp16 activations
 (what autocast leaves an op with): the LayerNorm is then taken in fp32, the products in the activations' dtype.
@@ -53,6 +53,20 @@ def layernorm_mlp(x: Tensor, ln_weight: Tensor, ln_bias: Tensor | None, fc1_weig
     hidden = dropout(hidden, dropout_p, seed, SITE_MLP_HIDDEN)
     y = dropout(linear(hidden, fc2_weight, fc2_bias), dropout_p, seed, SITE_MLP_OUTPUT)
     return x + scale_rows(y, row_scale)
+
+
+def encoder_block(x: Tensor, ln1_weight: Tensor, ln1_bias: Tensor | None, qkv_weight: Tensor, qkv_bias: Tensor | None,
+                  proj_weight: Tensor, proj_bias: Tensor | None, ln2_weight: Tensor, ln2_bias: Tensor | None,
+                  fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor, fc2_bias: Tensor | None,
+                  num_heads: int, eps: float = 1e-6, dropout_p: float = 0.0, attn_dropout_p: float = 0.0,
+                  seed: Tensor | None = None, attn_row_scale: Tensor | None = None,
+                  mlp_row_scale: Tensor | None = None) -> Tensor:
+    """Both halves of a pre-norm block, attention and MLP, each added to its input: (B, N, C) -> (B, N, C)."""
+    qkv = layernorm_linear(x, ln1_weight, ln1_bias, qkv_weight, qkv_bias, eps)
+    y = attention(qkv, num_heads, None, attn_dropout_p, seed)
+    h = linear_residual(y, proj_weight, proj_bias, x, dropout_p, seed, attn_row_scale)
+    return layernorm_mlp(h, ln2_weight, ln2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, eps, dropout_p, seed,
+                         mlp_row_scale)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:

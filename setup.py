@@ -7,7 +7,7 @@ picks one at import. `deit_fast._cuda` is built when nvcc is found.
 
 Environment: CXX, CXXFLAGS, CUDA_HOME as everywhere; DEIT_FAST_CPU_ISAS="avx2" limits the CPU modules (generic is
 always built: the loader asks it what the processor runs); DEIT_FAST_CUDA=0 leaves `_cuda` out;
-DEIT_FAST_CUDA_ARCHS="90" limits its targets (default "80 90 100", plus PTX of the last).
+DEIT_FAST_CUDA_ARCHS="90" names its targets (default: those of 80, 90 and 100 that nvcc knows, plus PTX of the last).
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefe
 AVX512BF16 = [*AVX512, "-mavx512bf16"]
 X86_64 = {"generic": [], "avx2": AVX2, "avx512": AVX512, "avx512bf16": AVX512BF16,
           "amx": [*AVX512BF16, "-mamx-tile", "-mamx-bf16"]}
+CUDA_ARCHS = ("80", "90", "100")
 ISAS = X86_64 if platform.machine() in ("x86_64", "AMD64") else {"generic": []}
 
 # Contraction is off because backends must agree to the last bit where they use the same arithmetic; a fused
@@ -72,9 +73,16 @@ def cpu_isas() -> list[str]:
     return [isa for isa in ISAS if isa in (*wanted, "generic")]
 
 
-def cuda_targets() -> list[str]:
-    """The -gencode arguments for DEIT_FAST_CUDA_ARCHS ("80 90", "8.0;9.0")."""
-    archs = os.environ.get("DEIT_FAST_CUDA_ARCHS", "80 90 100").replace(".", "").replace(";", " ").replace(",", " ").split()
+def known_archs(nvcc: str) -> list[str]:
+    """Those of CUDA_ARCHS that this nvcc compiles for: 100 came with CUDA 12.8, 90 with 11.8."""
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    return [arch for arch in CUDA_ARCHS if f"compute_{arch}" in listed] or [CUDA_ARCHS[0]]
+
+
+def cuda_targets(nvcc: str) -> list[str]:
+    """The -gencode arguments for DEIT_FAST_CUDA_ARCHS ("80 90", "8.0;9.0"), or for what this nvcc knows."""
+    asked = os.environ.get("DEIT_FAST_CUDA_ARCHS", "")
+    archs = asked.replace(".", "").replace(";", " ").replace(",", " ").split() or known_archs(nvcc)
     targets = [f"arch=compute_{arch},code=sm_{arch}" for arch in archs]
     targets.append(f"arch=compute_{archs[-1]},code=compute_{archs[-1]}")
     return [word for target in targets for word in ("-gencode", target)]
@@ -127,7 +135,7 @@ class NinjaBuild(build_ext):
             objects = []
             for source in extension.sources:
                 out = f"{name}/{Path(source).name}.o"
-                words = [*NVCC_FLAGS, *cuda_targets(), *includes] if cuda else [*flags, *extra]
+                words = [*NVCC_FLAGS, *cuda_targets(nvcc), *includes] if cuda else [*flags, *extra]
                 lines.append(f"build {out}: {'nvcc' if cuda else 'cxx'} {ninja_path(ROOT / source)}\n"
                              f"  flags = {quote([*words, *defines])}")
                 objects.append(out)

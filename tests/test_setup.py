@@ -80,10 +80,24 @@ def test_unknown_flags_are_noticed() -> None:
 def test_cuda_targets(monkeypatch: pytest.MonkeyPatch) -> None:
     setup = load_setup()
     monkeypatch.setenv("DEIT_FAST_CUDA_ARCHS", "8.0;9.0")
-    assert setup.cuda_targets() == ["-gencode", "arch=compute_80,code=sm_80", "-gencode", "arch=compute_90,code=sm_90",
-                                    "-gencode", "arch=compute_90,code=compute_90"]
+    assert setup.cuda_targets("nvcc") == ["-gencode", "arch=compute_80,code=sm_80", "-gencode", "arch=compute_90,code=sm_90",
+                                          "-gencode", "arch=compute_90,code=compute_90"]
     monkeypatch.setenv("DEIT_FAST_CUDA", "0")
     assert setup.find_nvcc() is None
+
+
+@pytest.mark.parametrize(("listed", "archs"), [("80 86 89 90", ["80", "90"]), ("75 80 90 100 120", ["80", "90", "100"]),
+                                               ("80 86", ["80"]), ("", ["80"])])
+def test_an_nvcc_gets_the_targets_that_it_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listed: str,
+                                                archs: list[str]) -> None:
+    """CUDA 12.6 refuses compute_100, which is newer."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\n" + "".join(f"echo compute_{arch}\n" for arch in listed.split()))
+    nvcc.chmod(0o755)
+    monkeypatch.delenv("DEIT_FAST_CUDA_ARCHS", raising=False)
+    targets = load_setup().cuda_targets(str(nvcc))
+    assert [word for word in targets if "code=sm_" in word] == [f"arch=compute_{a},code=sm_{a}" for a in archs]
+    assert targets[-1] == f"arch=compute_{archs[-1]},code=compute_{archs[-1]}"
 
 
 def test_cpu_isas(monkeypatch: pytest.MonkeyPatch) -> None:

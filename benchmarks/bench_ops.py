@@ -10,7 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cases import Case, Maker, Variant
+from cases import BLOCK, Case, Maker, Variant, block_inputs
 from deit_fast import backend as selection
 from deit_fast import ops, reference
 from needs import skip_or_fail
@@ -21,7 +21,7 @@ VARIANTS = (Variant("fp32", torch.float32, torch.float32), Variant("bf16mixed", 
 
 
 def _block_cases(shape: str, B: int, N: int, C: int, H: int, F: int) -> list[Case]:
-    """The four ops of a block at one preset's size, with the dropout of training where the preset has it."""
+    """A block and its four ops at one preset's size, with the dropout of training where the preset has it."""
 
     def layernorm(m: Maker) -> dict:
         return {"ln_weight": m.parameter(C, offset=1.0), "ln_bias": m.parameter(C)}
@@ -44,6 +44,7 @@ def _block_cases(shape: str, B: int, N: int, C: int, H: int, F: int) -> list[Cas
         Case("linear_residual", shape, proj, ("x", "weight", "bias", "residual")),
         Case("layernorm_mlp", shape, mlp,
              ("x", "ln_weight", "ln_bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")),
+        Case("encoder_block", shape, lambda m: block_inputs(m, B, N, C, H, F), BLOCK),
     ]
 
 

@@ -207,7 +207,8 @@ LAYERNORM_MLP = [
 ]
 
 
-def _block(m: Maker, B: int, N: int, C: int, H: int, F: int, **settings: Any) -> Inputs:
+def block_inputs(m: Maker, B: int, N: int, C: int, H: int, F: int, **settings: Any) -> Inputs:
+    """A call of encoder_block: x (B, N, C), H heads, F hidden features."""
     def named(inputs: Inputs, prefix: str) -> Inputs:
         return {prefix + name.removeprefix("ln"): value for name, value in inputs.items()}
 
@@ -224,17 +225,17 @@ BLOCK = ("x", *(f"{name}_{kind}" for name in ("ln1", "qkv", "proj", "ln2", "fc1"
 ENCODER_BLOCK = [
     Case("encoder_block", name, make, tuple(g for g in BLOCK if g not in without), **flags)
     for name, make, without, flags in (
-        ("1x1x8h1", lambda m: _block(m, 1, 1, 8, 1, 8), (), {}),
-        ("2x7x21h3", lambda m: _block(m, 2, 7, 21, 3, 50), (), {}),
-        ("2x66x64h8", lambda m: _block(m, 2, 66, 64, 8, 256, dropout_p=0.1, attn_dropout_p=0.1, seed=m.seed()), (),
+        ("1x1x8h1", lambda m: block_inputs(m, 1, 1, 8, 1, 8), (), {}),
+        ("2x7x21h3", lambda m: block_inputs(m, 2, 7, 21, 3, 50), (), {}),
+        ("2x66x64h8", lambda m: block_inputs(m, 2, 66, 64, 8, 256, dropout_p=0.1, attn_dropout_p=0.1, seed=m.seed()), (),
          {"compiled": True, "slow_interpreted": True}),
-        ("droppath", lambda m: _block(m, 6, 5, 16, 2, 24, dropout_p=0.25, seed=m.seed(), attn_row_scale=m.drop_path(6),
+        ("droppath", lambda m: block_inputs(m, 6, 5, 16, 2, 24, dropout_p=0.25, seed=m.seed(), attn_row_scale=m.drop_path(6),
                                       mlp_row_scale=m.drop_path(6)), (), {}),
-        ("nobias", lambda m: _without_biases(_block(m, 2, 5, 16, 2, 24)),
+        ("nobias", lambda m: _without_biases(block_inputs(m, 2, 5, 16, 2, 24)),
          tuple(name for name in BLOCK if name.endswith("bias")), {}),
-        ("1x198x192h3", lambda m: _block(m, 1, 198, 192, 3, 768), (), {"slow_interpreted": True}),
-        ("transposed", lambda m: {**_block(m, 2, 9, 16, 2, 24), "x": m.normal(9, 2, 16).transpose(0, 1)}, (), {}),
-        ("empty", lambda m: _block(m, 0, 5, 16, 2, 24), (), {}),
+        ("1x198x192h3", lambda m: block_inputs(m, 1, 198, 192, 3, 768), (), {"slow_interpreted": True}),
+        ("transposed", lambda m: {**block_inputs(m, 2, 9, 16, 2, 24), "x": m.normal(9, 2, 16).transpose(0, 1)}, (), {}),
+        ("empty", lambda m: block_inputs(m, 0, 5, 16, 2, 24), (), {}),
     )
 ]
 

@@ -50,9 +50,9 @@ def order(x: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None) -> tupl
     return ("cpu", "triton") if x.shape[-1] <= (128 if torch.is_grad_enabled() else 256) else ()
 
 
-def threads(flop: int) -> int:
+def threads(flop: int, grain: int = GRAIN) -> int:
     """The threads for so much work: PyTorch's number, but fewer for a small call. No result depends on it."""
-    return max(1, min(torch.get_num_threads(), flop // GRAIN))
+    return max(1, min(torch.get_num_threads(), flop // grain))
 
 
 def pointer(tensor: Tensor | None) -> int:

@@ -134,7 +134,7 @@ def test_heads_do_not_mix() -> None:
     torch.testing.assert_close(ddist_labels, ddist)
 
 
-@pytest.mark.parametrize("name", ["layernorm_linear", "attention", "linear_residual", "layernorm_mlp"])
+@pytest.mark.parametrize("name", ["layernorm_linear", "attention", "linear_residual", "layernorm_mlp", "encoder_block"])
 def test_gradcheck(name: str) -> None:
     """Numerical differentiation in fp64, dropout and drop-path included."""
     def t(*shape: int) -> torch.Tensor:
@@ -146,5 +146,23 @@ def test_gradcheck(name: str) -> None:
         "attention": ((t(2, 3, 12),), (2, 0.7, 0.3, seed)),
         "linear_residual": ((t(2, 3, 4), t(5, 4), t(5), t(2, 3, 5)), (0.3, seed, row_scale)),
         "layernorm_mlp": ((t(2, 3, 4), t(4), t(4), t(6, 4), t(6), t(4, 6), t(4)), (1e-6, 0.3, seed, row_scale)),
+        "encoder_block": ((t(2, 3, 4), t(4), t(4), t(12, 4), t(12), t(4, 4), t(4), t(4), t(4), t(6, 4), t(6), t(4, 6), t(4)),
+                          (2, 1e-6, 0.3, 0.2, seed, row_scale, row_scale.flip(0))),
     }[name]
     assert torch.autograd.gradcheck(lambda *args: getattr(reference, name)(*args, *extra), inputs)
+
+
+@pytest.mark.parametrize("soft_target", [False, True])
+@pytest.mark.parametrize(("kind", "reduction"), [("none", "batchmean"), ("soft", "batchmean"), ("soft", "numel"),
+                                                 ("hard", "batchmean")])
+def test_gradcheck_of_the_loss(kind: str, reduction: str, soft_target: bool) -> None:
+    """Of both heads' logits, in fp64; labels are smoothed, the teacher gets no gradient."""
+    cls, dist, teacher = (torch.randn(4, 3, dtype=torch.float64) for _ in range(3))
+    target = torch.randn(4, 3, dtype=torch.float64).softmax(1) if soft_target else torch.tensor([0, 2, 1, 2])
+    smoothing = 0.0 if soft_target else 0.1
+
+    def loss(cls: torch.Tensor, dist: torch.Tensor) -> torch.Tensor:
+        return reference.distillation_loss(cls, dist, target, teacher, kind, 0.3, 2.0, reduction, smoothing)
+
+    leaves = [logits.requires_grad_(kind != "none" or logits is cls) for logits in (cls, dist)]
+    assert torch.autograd.gradcheck(loss, leaves)

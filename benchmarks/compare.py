@@ -70,7 +70,7 @@ def main() -> None:
     if "infer" in parts:
         for batch in (BATCH, 1):
             candidates = candidates_for(inference(batch), compiled) | inference_engines(batch, args.threads)
-            report(f"inference of {MODEL}, batch {batch}", candidates, args.rounds * (1 if batch > 1 else 10), batch)
+            report(f"inference of {MODEL}, batch {batch}", candidates, args.rounds, batch, calls=4 if batch > 1 else 40)
     if "sweep" in parts:
         sweep()
     if "memory" in parts:

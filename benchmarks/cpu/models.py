@@ -102,9 +102,9 @@ def inference(batch: int) -> Make:
     return make
 
 
-def report(title: str, candidates: Candidates, rounds: int, images: int) -> None:
+def report(title: str, candidates: Candidates, rounds: int, images: int, calls: int = 1) -> None:
     """Prints what each candidate reaches, and how many times faster ours is than the fastest baseline."""
-    times = take_turns(candidates, rounds)
+    times = take_turns(candidates, rounds, calls)
     medians = {name: statistics.median(values) for name, values in times.items()}
     print(f"\n{title}")
     for name, seconds in sorted(medians.items(), key=lambda item: item[1]):

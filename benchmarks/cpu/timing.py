@@ -26,15 +26,22 @@ def now() -> float:
     return _clock()
 
 
-def take_turns(candidates: Candidates, rounds: int) -> Times:
-    """Seconds of each candidate in each round, after two rounds to warm up."""
+def take_turns(candidates: Candidates, rounds: int, calls: int = 1) -> Times:
+    """Seconds of each candidate in each round, after two rounds to warm up.
+
+    A turn is `calls` calls in a row and counts as the median of its second half. Several are for calls of a few
+    milliseconds: the threads of ONNX Runtime and OpenVINO spin for a while after a call, on the cores of whoever is next.
+    """
     times: Times = {name: [] for name in candidates}
     for index in range(rounds + 2):
         for name, call in candidates.items():
-            start = now()
-            call()
+            turn = []
+            for _ in range(calls):
+                start = now()
+                call()
+                turn.append(now() - start)
             if index >= 2:
-                times[name].append(now() - start)
+                times[name].append(statistics.median(turn[calls // 2:]))
     return times
 
 

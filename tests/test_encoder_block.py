@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
-from cases import BLOCK, ENCODER_BLOCK, VARIANTS
-from deit_fast import create_model, ops, use_backend
+from cases import BLOCK, ENCODER_BLOCK, VARIANTS, Maker, block_inputs
+from deit_fast import BackendError, create_model, ops, use_backend
 from deit_fast.backend import OPS, record
 from deit_fast.kernels import cpu
 from test_parity import run
@@ -75,3 +77,91 @@ def test_the_model_calls_it() -> None:
     model = create_model("vit_nano_patch4_32", depth=1)
     assert served(lambda: model.eval()(torch.zeros(1, 3, 32, 32)))["encoder_block"] == "cpu"
     assert OPS["encoder_block"].parts == ("layernorm_linear", "attention", "linear_residual", "layernorm_mlp")
+
+
+# ---- encoder: all blocks in one call
+
+
+def stack(depth: int, dtype: torch.dtype = torch.float32, F: int = 40) -> tuple[torch.Tensor, list[list[torch.Tensor]]]:
+    """(x (2, 7, 24), the parameters of `depth` blocks), a bias left out in every second block."""
+    generator = torch.Generator().manual_seed(3)
+    inputs = [block_inputs(Maker(index, VARIANTS[0], "cpu"), 2, 7, 24, 3, F + index) for index in range(depth)]
+    blocks = [[None if name == "qkv_bias" and index % 2 else values[name].to(dtype) for name in BLOCK[1:]]
+              for index, values in enumerate(inputs)]
+    return torch.randn(2, 7, 24, generator=generator).to(dtype), blocks
+
+
+@pytest.mark.parametrize("depth", [0, 1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_encoder_is_its_blocks_bit_for_bit(depth: int, dtype: torch.dtype) -> None:
+    x, blocks = stack(depth, dtype)
+    before, expected = x.clone(), x
+    for tensors in blocks:
+        expected = ops.encoder_block(expected, *tensors, 3, backend="cpu")
+    for stream in (x, x.transpose(0, 1).contiguous().transpose(0, 1)):
+        out = ops.encoder(stream, blocks, 3, backend="cpu")
+        assert torch.equal(out, expected) and out.is_contiguous()
+        assert out.data_ptr() != stream.data_ptr() and torch.equal(stream, before)
+
+
+def test_an_encoder_with_gradients_goes_block_by_block() -> None:
+    x, blocks = stack(2)
+    assert served(lambda: ops.encoder(x, blocks, 3))["encoder"] == "cpu"
+    blocks[1][10].requires_grad_()
+    found = served(lambda: ops.encoder(x, blocks, 3))
+    assert "encoder" not in found and found["encoder_block"] == "cpu"
+    (grad,) = torch.autograd.grad(ops.encoder(x, blocks, 3).sum(), [blocks[1][10]])
+    assert grad.abs().sum() > 0
+    with torch.no_grad():
+        assert served(lambda: ops.encoder(x, blocks, 3))["encoder"] == "cpu"
+
+
+def test_an_encoder_takes_the_choices_made_for_its_parts() -> None:
+    x, blocks = stack(1)
+    for name in ("encoder", "encoder_block", "attention"):
+        with use_backend(**{name: "reference"}):
+            assert "encoder" not in served(lambda: ops.encoder(x, blocks, 3)), name
+    assert "encoder" not in served(lambda: ops.encoder(x, blocks, 3, backend="reference"))
+    with pytest.raises(BackendError, match="encoder_block: backend 'cuda' is not offered"):
+        ops.encoder(x, blocks, 3, backend="cuda")
+
+
+def test_an_encoder_under_autocast_and_compiled() -> None:
+    x, blocks = stack(2)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        assert torch.equal(torch.compile(ops.encoder, fullgraph=True)(x, blocks, 3), ops.encoder(x, blocks, 3))
+        with torch.autocast("cpu", torch.bfloat16):
+            out = ops.encoder(x, blocks, 3)
+    assert torch.equal(out, ops.encoder(x.bfloat16(), blocks, 3))
+
+
+def test_opcheck_of_the_encoder() -> None:
+    x, blocks = stack(2)
+    parameters = [tensor for tensors in blocks for tensor in tensors]
+    torch.library.opcheck(torch.ops.deit_fast.encoder_forward.default, (x, parameters, 3, 1e-6, "cpu"))
+
+
+@pytest.mark.parametrize(("spoil", "error", "text"), [
+    (lambda blocks: blocks[1].pop(), ValueError, "encoder: block 1 must have 12 parameters, got 11."),
+    (lambda blocks: blocks[1].__setitem__(2, torch.ones(5, 24)), ValueError,
+     "encoder: block 1: qkv_weight must have shape (72, 24), got (5, 24)."),
+    (lambda blocks: blocks[0].__setitem__(4, None), TypeError, "encoder: block 0: proj_weight must be a tensor"),
+])
+def test_blocks_that_do_not_fit(spoil, error: type[Exception], text: str) -> None:
+    x, blocks = stack(2)
+    spoil(blocks)
+    with pytest.raises(error, match=re.escape(text)):
+        ops.encoder(x, blocks, 3)
+
+
+def test_hooks_between_blocks_fire() -> None:
+    model, seen = create_model("vit_nano_patch4_32", depth=3).eval(), []
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert served(lambda: model(images))["encoder"] == "cpu"
+        expected = model(images)
+        handle = model.blocks[1].register_forward_hook(lambda _module, _args, out: seen.append(out))
+        assert torch.equal(model(images), expected) and len(seen) == 1 and seen[0].shape == (2, 65, 64)
+        handle.remove()
+        assert served(lambda: model(images))["encoder"] == "cpu"

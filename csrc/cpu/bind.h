@@ -1,9 +1,12 @@
-// What the bindings of several ops need: pointers are integers from Python, a parameter is (pointer, is it bf16), 0 is a
-// null pointer. Their classes are module-local, because two instruction sets are imported side by side.
+// What the bindings of several ops need: pointers are integers from Python, a parameter is (pointer, is it bf16), 0 is
+// a null pointer. Their classes are module-local, because two instruction sets are imported side by side.
 #pragma once
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+
+#include <array>
+#include <vector>
 
 #include "ops.h"
 

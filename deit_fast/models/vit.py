@@ -83,11 +83,14 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, seed: Tensor | None = None) -> Tensor:
         drop, attn_drop = (self.drop, self.attn_drop) if self.training else (0.0, 0.0)
-        attn, mlp = self.attn, self.mlp
-        return ops.encoder_block(
-            x, self.norm1.weight, self.norm1.bias, attn.qkv.weight, attn.qkv.bias, attn.proj.weight, attn.proj.bias,
-            self.norm2.weight, self.norm2.bias, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias,
-            attn.num_heads, self.eps, drop, attn_drop, seed, self.row_scale(x), self.row_scale(x))
+        return ops.encoder_block(x, *self.tensors(), self.attn.num_heads, self.eps, drop, attn_drop, seed,
+                                 self.row_scale(x), self.row_scale(x))
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The block's parameters in the order of `ops.encoder_block`."""
+        norm1, attn, norm2, mlp = self.norm1, self.attn, self.norm2, self.mlp
+        layers = norm1, attn.qkv, attn.proj, norm2, mlp.fc1, mlp.fc2
+        return tuple(tensor for layer in layers for tensor in (layer.weight, layer.bias))
 
     def row_scale(self, x: Tensor) -> Tensor | None:
         """Drop-path's factors (B,): 0 with probability `drop_path`, else 1 / (1 - drop_path); None when it is off."""
@@ -182,6 +185,9 @@ class VisionTransformer(nn.Module):
         prefix = [self.cls_token, self.dist_token] if self.two_heads else [self.cls_token]
         x = torch.cat([*(token.expand(x.shape[0], -1, -1).to(x.dtype) for token in prefix), x], dim=1)
         x = self.pos_drop(x + self.pos_embed)
+        if not (self.training or torch.is_grad_enabled() or any(map(_has_hooks, self.blocks))) and len(self.blocks):
+            first = self.blocks[0]
+            return ops.encoder(x, [block.tensors() for block in self.blocks], first.attn.num_heads, first.eps)
         for layer, block in enumerate(self.blocks):
             layer_seed = None if seed is None else seed * len(self.blocks) + layer
             if self.grad_checkpointing and self.training:
@@ -210,6 +216,11 @@ class VisionTransformer(nn.Module):
         if not self.two_heads:
             return logits[0]
         return logits if self.training else (logits[0] + logits[1]) / 2
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether somebody waits for calls of this very module, as for the features between two blocks."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _init_linear(linear: nn.Linear) -> nn.Linear:

@@ -1,8 +1,8 @@
 """A whole encoder block as one call: the four ops of `models/vit.py` behind one door.
 
-The arithmetic is that of the four ops, kernel by kernel. What one call saves is their price beside it: checks, the choice
-of a backend, the dispatcher and a node of autograd for each. That price is the same for one image and for a thousand, so
-small batches of small models are where it counts.
+The arithmetic is that of the four ops, kernel by kernel. What one call saves is their price beside it: checks, the
+choice of a backend, the dispatcher and a node of autograd for each. That price is the same for one image and for a
+thousand, so small batches of small models are where it counts.
 
 Somebody who names a backend for one of the four ops gets it: the block is then the composition of the four, as it is
 wherever no backend serves the whole.
@@ -11,6 +11,7 @@ wherever no backend serves the whole.
 from __future__ import annotations
 
 import numbers
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -18,8 +19,8 @@ from deit_fast.kernels.encoder_block import Arguments
 
 from .attention import OP as ATTENTION
 from .attention import attention
-from .checks import (autocast_dtype, autocast_is_on, cast, check, check_activation, check_dropout, check_number, check_parameter,
-                     check_row_scale, without_autocast)
+from .checks import (autocast_dtype, autocast_is_on, cast, check, check_activation, check_dropout, check_number,
+                     check_parameter, check_row_scale, without_autocast)
 from .layernorm_linear import OP as LAYERNORM_LINEAR
 from .layernorm_linear import layernorm_linear
 from .layernorm_mlp import OP as LAYERNORM_MLP
@@ -45,7 +46,7 @@ def _composed(*call: object, backend: str | None = None) -> Tensor:
 def _order(*call: object) -> tuple[str, ...]:
     a = Arguments(*call)
     drawn = a.seed is None and (a.dropout_p > 0.0 or a.attn_dropout_p > 0.0)  # PyTorch's own dropout
-    return ("cpu",) if a.x.shape[2] <= WIDEST and a.x.shape[1] <= LONGEST and not drawn else ()
+    return ("cpu",) if is_small(a.x) and not drawn else ()
 
 
 NATIVE = NativeOp(
@@ -88,9 +89,9 @@ def encoder_block(x: Tensor, ln1_weight: Tensor, ln1_bias: Tensor | None, qkv_we
     Raises ValueError or TypeError for shapes, dtypes or devices that do not fit, BackendError for a backend that cannot
     serve the call. Dosovitskiy et al. 2020, equations 2 and 3.
     """
-    a = Arguments(x, ln1_weight, ln1_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, ln2_weight, ln2_bias, fc1_weight,
-                  fc1_bias, fc2_weight, fc2_bias, num_heads, eps, dropout_p, attn_dropout_p, seed, attn_row_scale,
-                  mlp_row_scale)
+    a = Arguments(x, ln1_weight, ln1_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, ln2_weight, ln2_bias,
+                  fc1_weight, fc1_bias, fc2_weight, fc2_bias, num_heads, eps, dropout_p, attn_dropout_p, seed,
+                  attn_row_scale, mlp_row_scale)
     _check(a)
     if not autocast_is_on(x):
         return _serve(backend, a)
@@ -111,23 +112,38 @@ def _is_whole(backend: str | None, call: tuple) -> bool:
     return bool(OP.order(*call)) if asked == {None} else asked != {"reference"}
 
 
+def is_small(x: Tensor) -> bool:
+    """Whether all four ops are fastest in C++ for a stream x (B, N, C)."""
+    return x.shape[2] <= WIDEST and x.shape[1] <= LONGEST
+
+
 def _check(a: Arguments) -> None:
-    check_activation(OP.name, "x", a.x)
-    check_number(OP.name, "eps", a.eps)
-    if not isinstance(a.num_heads, (int, numbers.Integral)):
-        raise TypeError(f"{OP.name}: num_heads must be an integer, got {type(a.num_heads).__name__}.")
-    shape = tuple(a.x.shape)
-    check(a.num_heads >= 1, OP.name, f"num_heads must be at least 1, got {a.num_heads}")
-    check(len(shape) == 3 and shape[1] > 0 and shape[2] > 0 and shape[2] % a.num_heads == 0, OP.name,
-          f"x must have shape (B, N, C) with C divisible by num_heads={a.num_heads}, got {shape}")
-    C = shape[2]
-    check(isinstance(a.fc1_weight, Tensor) and a.fc1_weight.dim() == 2, OP.name,
-          f"fc1_weight must have shape (F, {C}), got {tuple(getattr(a.fc1_weight, 'shape', ()))}")
-    F = a.fc1_weight.shape[0]
-    shapes = ((C,), (C,), (3 * C, C), (3 * C,), (C, C), (C,), (C,), (C,), (F, C), (F,), (C, F), (C,))
-    for name, parameter, shape in zip(PARAMETERS, a[1:13], shapes):
-        check_parameter(OP.name, name, parameter, shape, a.x)
+    check_stream(OP.name, a.x, a.num_heads, a.eps)
+    check_parameters(OP.name, a.x, a[1:13])
     check_dropout(OP.name, a.dropout_p, a.seed, a.x)
     check_dropout(OP.name, a.attn_dropout_p, None, a.x, "attn_dropout_p")
     check_row_scale(OP.name, a.attn_row_scale, a.x, "attn_row_scale")
     check_row_scale(OP.name, a.mlp_row_scale, a.x, "mlp_row_scale")
+
+
+def check_stream(op: str, x: Tensor, num_heads: int, eps: float) -> None:
+    """x is (B, N, C) with C divisible by num_heads, and eps a number."""
+    check_activation(op, "x", x)
+    check_number(op, "eps", eps)
+    if not isinstance(num_heads, (int, numbers.Integral)):
+        raise TypeError(f"{op}: num_heads must be an integer, got {type(num_heads).__name__}.")
+    shape = tuple(x.shape)
+    check(num_heads >= 1, op, f"num_heads must be at least 1, got {num_heads}")
+    check(len(shape) == 3 and shape[1] > 0 and shape[2] > 0 and shape[2] % num_heads == 0, op,
+          f"x must have shape (B, N, C) with C divisible by num_heads={num_heads}, got {shape}")
+
+
+def check_parameters(op: str, x: Tensor, parameters: Sequence[Tensor | None]) -> None:
+    """The twelve parameters of a block fit x (B, N, C) and one another."""
+    C, fc1_weight = x.shape[2], parameters[8]
+    check(isinstance(fc1_weight, Tensor) and fc1_weight.dim() == 2, op,
+          f"fc1_weight must have shape (F, {C}), got {tuple(getattr(fc1_weight, 'shape', ()))}")
+    F = fc1_weight.shape[0]
+    shapes = ((C,), (C,), (3 * C, C), (3 * C,), (C, C), (C,), (C,), (C,), (F, C), (F,), (C, F), (C,))
+    for name, parameter, shape in zip(PARAMETERS, parameters, shapes):
+        check_parameter(op, name, parameter, shape, x)

@@ -11,8 +11,8 @@ from torch import Tensor
 from ..encoder_block import Arguments, Chain
 from . import attention, launch, layernorm_linear, layernorm_mlp, linear_residual, module
 
-# FLOP worth a thread here: it is still awake from one kernel when the next begins. With 4 M for each, as for a single op,
-# one image of the report's size takes one thread, and 3.4 ms instead of 2.8 on two Zen 3 cores.
+# FLOP worth a thread here: it is still awake from one kernel when the next begins. With 4 M for each, as for a single
+# op, one image of the report's size takes one thread, and 3.4 ms instead of 2.8 on two Zen 3 cores.
 GRAIN = 1_500_000
 
 _chain = Chain(layernorm_linear, attention, linear_residual, layernorm_mlp)
@@ -38,6 +38,6 @@ def forward(*call: object, save: bool) -> tuple[Tensor, list[Tensor]]:
     flop = 8 * B * N * C * C + 4 * B * N * N * C + 4 * B * N * C * F
     launch.run(module.EncoderBlock(
         x.dtype == torch.bfloat16, B, N, C, a.num_heads, F, a.eps, launch.pointer(x),
-        [launch.parameter(tensor) for tensor in tensors[1:]], a.dropout_p, a.attn_dropout_p, int(a.seed) if drawn else 0,
-        *map(launch.pointer, scales), (*statistics, qkv, y, h), launch.threads(flop, GRAIN)), False, out.data_ptr())
+        [launch.parameter(tensor) for tensor in tensors[1:]], a.dropout_p, a.attn_dropout_p,
+        int(a.seed) if drawn else 0, *map(launch.pointer, scales), (*statistics, qkv, y, h), launch.threads(flop, GRAIN)), False, out.data_ptr())
     return out, saved

@@ -1,0 +1,30 @@
+"""C++ encoder, for inference: all blocks in one call, each in place on the output."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import launch, module
+from .encoder_block import GRAIN
+
+
+def why_not(x: Tensor, parameters: list[Tensor | None], num_heads: int, eps: float) -> str | None:
+    """Why this call cannot be served, or None."""
+    features = (parameters[first + 8].shape[0] for first in range(0, len(parameters), 12))
+    return launch.why_not(x, min(features, default=1))
+
+
+def forward(x: Tensor, parameters: list[Tensor | None], num_heads: int, eps: float) -> Tensor:
+    """out (B, N, C) of x (B, N, C) and the blocks' parameters, twelve for each in the order of `encoder_block`."""
+    x, *parameters = launch.contiguous(x, *parameters)
+    B, N, C = x.shape
+    features = [parameters[first + 8].shape[0] for first in range(0, len(parameters), 12)]
+    if not features:
+        return x.clone()
+    out = x.new_empty(x.shape)
+    flop = 8 * B * N * C * C + 4 * B * N * N * C + 4 * B * N * C * features[0]
+    launch.run(module.Encoder(x.dtype == torch.bfloat16, B, N, C, num_heads, eps, launch.pointer(x),
+                              [launch.parameter(tensor) for tensor in parameters], features,
+                              launch.threads(flop, GRAIN)), False, out.data_ptr())
+    return out

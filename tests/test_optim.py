@@ -161,6 +161,7 @@ class TestOptimizers:
             group["lr"] = rate
         optim.load_optimizer(optimizer, state)
         assert all(group["lr"] is rate and group["fused"] for group in optimizer.param_groups)
+        assert rate == 0.5  # of the last step, for a run that takes no other
 
     def test_loading_another_model_is_refused(self):
         state = optim.create_optimizer(nn.Linear(2, 2), config()).state_dict()

@@ -112,7 +112,10 @@ def capturable(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping) -> None:
-    """Loads moments and step counts from `optimizer.state_dict()`; all settings stay those of `optimizer`.
+    """Loads moments, step counts and the last step's LR; all settings stay those of `optimizer`.
+
+    Before the next step the LR is set anyway, but a run that was killed behind its last step takes none any more, and its
+    checkpoint is to be that of an undisturbed one.
 
     torch's own load_state_dict also takes over LR object, `fused` and `capturable`: a checkpoint of a CPU run would
     then make a run on a GPU uncapturable.
@@ -129,8 +132,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping) -> None:
         {"state": state["state"], "param_groups": [{**ours, "params": theirs["params"]}
                                                    for ours, theirs in zip(kept, saved, strict=True)]}
     )
-    for group, ours in zip(optimizer.param_groups, kept, strict=True):
+    for group, ours, theirs in zip(optimizer.param_groups, kept, saved, strict=True):
         group.update(ours)  # the very LR tensor, not torch's copy of it
+        group["lr"].fill_(theirs["lr"])
 
 
 class Schedule:

@@ -11,8 +11,8 @@ from .encoder_block import GRAIN
 
 def why_not(x: Tensor, parameters: list[Tensor | None], num_heads: int, eps: float) -> str | None:
     """Why this call cannot be served, or None."""
-    features = (parameters[first + 8].shape[0] for first in range(0, len(parameters), 12))
-    return launch.why_not(x, min(features, default=1))
+    features = [parameters[first + 8].shape[0] for first in range(0, len(parameters), 12)]
+    return launch.why_not(x, min([1, *features]))
 
 
 def forward(x: Tensor, parameters: list[Tensor | None], num_heads: int, eps: float) -> Tensor:

@@ -217,8 +217,8 @@ def _figures(main: Sequence[Outcome], data: ImageData) -> list[Block]:
         Picture(
             "augmentation",
             "Training images as the augmentation kernel makes them (Figure 4): each operation alone and certain "
-            "to happen, at the strength of DeiT + augmentation, and the recipe itself. "
-            + ("" if data.flips else f"Mirrored images of {data.name} mean something else, so there is no flip."),
+            "to happen, at the strength of DeiT + augmentation, and the recipe itself."
+            + ("" if data.flips else f" Mirrored images of {data.name} mean something else, so there is no flip."),
         ),
         Heading(2, "Classes"),
         Picture(

@@ -37,6 +37,7 @@ for isa in "${@:-}" generic; do
         exit 1
     fi
     "$python" -m pytest -q -p no:cacheprovider tests/test_parity.py -k "cpu and test_eager"
-    "$python" -m pytest -q -p no:cacheprovider tests/test_random_calls.py tests/test_cpu_kernels.py \
+    "$python" -m pytest -q -p no:cacheprovider tests/test_random_calls.py tests/test_encoder_block.py \
+        tests/test_cpu_kernels.py \
         tests/test_cpu_attention.py tests/test_augment.py -k "not instruction_set and not compile"
 done

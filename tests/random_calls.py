@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 OPS = ("layernorm_linear", "attention", "linear_residual", "layernorm_mlp")
-NO_GRADIENT = ("seed", "row_scale")
+NO_GRADIENT = ("seed", "row_scale", "attn_row_scale", "mlp_row_scale")
 MOST_MASK, MOST_WORK = 30_000, 8_000_000  # elements that Philox draws in PyTorch; multiplications of a forward pass
 
 
@@ -91,6 +91,34 @@ def valid_calls(draw: st.DrawFn, ops: tuple[str, ...] = OPS) -> Call:
     torch.manual_seed(draw(st.integers(0, 1000)))
     activation, _ = pair = draw(st.sampled_from(_PAIRS))
     arguments = _attention(draw, activation) if op == "attention" else _rows_and_features(draw, op, *pair)
+    return _called(draw, op, arguments)
+
+
+@st.composite
+def block_calls(draw: st.DrawFn) -> Call:
+    """A valid call of encoder_block."""
+    torch.manual_seed(draw(st.integers(0, 1000)))
+    activation, parameter = draw(st.sampled_from(_PAIRS))
+    B, N, H, D, F = (draw(st.integers(low, high)) for low, high in ((0, 4), (1, 80), (1, 4), (1, 20), (1, 150)))
+    C = H * D
+    dtypes = (parameter,) if draw(st.booleans()) else (torch.float32, activation)
+    shapes = {"ln1": (C,), "qkv": (3 * C, C), "proj": (C, C), "ln2": (C,), "fc1": (F, C), "fc2": (C, F)}
+    parameters: dict[str, Any] = {}
+    for name, shape in shapes.items():
+        parameters[f"{name}_weight"] = _parameter(draw, dtypes, *shape)
+        parameters[f"{name}_bias"] = _parameter(draw, dtypes, shape[0]) if draw(st.booleans()) else None
+    settings = _dropout(draw, 0)
+    if settings and draw(st.booleans()):
+        settings["attn_dropout_p"] = draw(_RATES)
+    for name in ("attn_row_scale", "mlp_row_scale"):
+        if draw(st.booleans()):
+            settings[name] = torch.rand(B) * 2
+    x = torch.randn(B, N, C).to(activation)
+    return _called(draw, "encoder_block", {"x": x, **parameters, "num_heads": H, **settings})
+
+
+def _called(draw: st.DrawFn, op: str, arguments: dict[str, Any]) -> Call:
+    """The call of these arguments, which now lie anyhow in memory, with gradients for some of them."""
     for name, value in arguments.items():
         if isinstance(value, Tensor) and value.dim() > 0 and value.numel() > 0:
             how = draw(st.sampled_from(sorted(LAYOUTS)))
@@ -180,19 +208,21 @@ _BAD_SETTINGS: dict[str, list] = {
 }
 SETTINGS = {"layernorm_linear": ("eps", "backend"), "attention": ("num_heads", "scale", "dropout_p", "seed", "backend"),
             "linear_residual": ("dropout_p", "seed", "backend"),
-            "layernorm_mlp": ("eps", "dropout_p", "seed", "backend")}
-REQUIRED = ("x", "qkv", "ln_weight", "weight", "residual", "fc1_weight", "fc2_weight")
+            "layernorm_mlp": ("eps", "dropout_p", "seed", "backend"),
+            "encoder_block": ("num_heads", "eps", "dropout_p", "attn_dropout_p", "seed", "backend")}
+REQUIRED = ("x", "qkv", "ln_weight", "weight", "residual", "fc1_weight", "fc2_weight", "ln1_weight", "qkv_weight",
+            "proj_weight", "ln2_weight")
 
 
 @st.composite
 def spoilt_calls(draw: st.DrawFn) -> tuple[Call, str]:
     """(a call with one argument that no backend may accept, what was done to it)."""
-    call = draw(valid_calls().filter(lambda call: all(call.arguments[n].numel() for n in call.tensors())))
+    call = draw(st.one_of(valid_calls(), block_calls()).filter(lambda call: all(call.arguments[n].numel() for n in call.tensors())))
     settings = SETTINGS[call.op]
     tensors = [name for name in call.tensors() if name != "seed"]
     name = draw(st.sampled_from([*tensors, *tensors, *settings]))
     if name in settings:
-        value = draw(st.sampled_from(_BAD_SETTINGS[name]))
+        value = draw(st.sampled_from(_BAD_SETTINGS[name.removeprefix("attn_")]))
         return call.with_argument(name, value), f"{name}={value!r}"
     kinds = [kind for kind in _BAD_TENSORS if not _fits(call, name, kind)]
     kind = draw(st.sampled_from([*kinds, "none"] if name in REQUIRED else kinds))
@@ -202,8 +232,8 @@ def spoilt_calls(draw: st.DrawFn) -> tuple[Call, str]:
 
 def _fits(call: Call, name: str, kind: str) -> bool:
     """Whether what `kind` makes of the argument is another valid call."""
-    if name == "x" and kind == "deeper" and call.op != "linear_residual":
+    if name == "x" and kind == "deeper" and call.op not in ("linear_residual", "encoder_block"):
         return call.arguments.get("row_scale") is None or len(call.arguments["row_scale"]) == 1
     if name == "qkv" and kind == "longer":
         return (call.arguments["qkv"].shape[-1] + 1) % (3 * call.arguments["num_heads"]) == 0
-    return name == "row_scale" and kind == "half"
+    return name.endswith("row_scale") and kind == "half"

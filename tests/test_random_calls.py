@@ -15,10 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from deit_fast import ops, reference
+from deit_fast import ops, reference, use_backend
 from deit_fast.backend import BackendError
 from deit_fast.kernels import cpu
-from random_calls import Call, cotangent_like, spoilt_calls, valid_calls
+from random_calls import Call, block_calls, cotangent_like, spoilt_calls, valid_calls
 
 pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
 EXAMPLES = os.environ.get("DEIT_FAST_EXAMPLES")
@@ -59,7 +59,7 @@ def served(call: Call) -> dict[str, Tensor]:
     return results
 
 
-@share(0.5)
+@share(0.4)
 @given(valid_calls())
 def test_random_calls(call: Call) -> None:
     """Right numbers, forward and backward, for whatever the reference accepts."""
@@ -78,6 +78,17 @@ def test_random_calls(call: Call) -> None:
         if value.numel():
             error, size = (value.double() - truth[name]).abs().max().item(), truth[name].abs().max().item()
             assert error <= unit * (size + sums), f"{name}: {error} of {size}"
+
+
+@share(0.1)
+@given(block_calls())
+def test_random_blocks(call: Call) -> None:
+    """The bits of the four ops, forward and backward."""
+    actual = served(call)
+    with use_backend("cpu", encoder_block="reference"):
+        expected = run(ops.encoder_block, call)
+    for name, value in actual.items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=0, equal_nan=True, msg=name)
 
 
 @share(0.2)

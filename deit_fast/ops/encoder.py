@@ -80,8 +80,7 @@ def _is_whole(backend: str | None, call: tuple) -> bool:
     x, parameters, *_ = call
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (x, *parameters)):
         return False
-    asked = {op.asked(backend) for op in (*PARTS, OP)}
-    if len(asked) > 1:
+    name = OP.asked(backend)
+    if any(op.asked(backend) != name for op in PARTS):
         return False
-    (name,) = asked
-    return bool(OP.order(*call)) if name is None else name in OP.offers
+    return bool(OP.order(*call)) if name is None else name in tuple(OP.offers)

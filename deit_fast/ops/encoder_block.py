@@ -106,10 +106,10 @@ def _serve(backend: str | None, call: tuple) -> Tensor:
 
 def _is_whole(backend: str | None, call: tuple) -> bool:
     """Whether one backend is to serve all of the block, as far as choices go."""
-    asked = {op.asked(backend) for op in (*PARTS, OP)}
-    if len(asked) > 1:
+    name = OP.asked(backend)
+    if any(op.asked(backend) != name for op in PARTS):
         return False
-    return bool(OP.order(*call)) if asked == {None} else asked != {"reference"}
+    return bool(OP.order(*call)) if name is None else name != "reference"
 
 
 def is_small(x: Tensor) -> bool:

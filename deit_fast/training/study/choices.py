@@ -34,7 +34,7 @@ _SETTINGS = (
     ("teacher_stem", "its stem (auto: CIFAR's on a GPU, ImageNet's on a CPU)", SILENT),
     ("teacher_weights", "its start", SILENT),
     ("teacher_epochs", "its epochs", SILENT),
-    ("teacher_lr", "its peak learning rate", SILENT),
+    ("teacher_lr", "its peak learning rate (AdamW, warmup, cosine to 0)", SILENT),
     ("crop_pad", "random crop, padding", "used, strength not given"),
     ("hflip", "flip", "0.5"),
     ("color_jitter", "color jitter, brightness, contrast, saturation", "used, strength not given"),

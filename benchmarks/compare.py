@@ -1,9 +1,9 @@
 """How fast the native ops are, in ratios: `python benchmarks/compare.py --device cpu`.
 
 Absolute times on a shared machine drift by half within minutes, so every figure is a ratio of candidates that take
-turns in one process: each round runs all of them once, and the median over rounds of (baseline's time / ours) is
-printed. Beside it stand rates, in percent of the peak that a loop on registers alone reaches in the same run
-(`torch.mm` for scale).
+turns in one process: each round gives all of them one turn, of several calls where a call is short, and the median
+over rounds of (baseline's time / ours) is printed. Beside it stand rates, in percent of the peak that a loop on
+registers alone reaches in the same run (`torch.mm` for scale).
 
 The baselines are PyTorch's own: `reference` and timm's model (when it is installed), eager, under `torch.compile`, and
 under bf16 autocast; in inference also ONNX Runtime and OpenVINO, when they are installed. They draw PyTorch's dropout;

@@ -105,7 +105,8 @@ class Op:
             self._require(asked, *call)
             chosen = asked
         if _record is not None:
-            _record.update(dict.fromkeys((self.name, *self.parts), chosen))
+            if not (self.parts and chosen == "reference"):  # then the parts serve, each as it is asked
+                _record.update(dict.fromkeys((self.name, *self.parts), chosen))
         return chosen
 
     def run(self, requested: str | None, call: tuple, compute: Callable[[str], Result]) -> Result:

@@ -112,7 +112,9 @@ def block_calls(draw: st.DrawFn) -> Call:
         settings["attn_dropout_p"] = draw(_RATES)
     for name in ("attn_row_scale", "mlp_row_scale"):
         if draw(st.booleans()):
-            settings[name] = torch.rand(B) * 2
+            settings[name] = (torch.rand(B) * 2).to(draw(st.sampled_from([torch.float32, torch.float64])))
+    if draw(st.booleans()):
+        settings["eps"] = draw(st.sampled_from([1e-5, 1e-12, 1, 0.1]))
     x = torch.randn(B, N, C).to(activation)
     return _called(draw, "encoder_block", {"x": x, **parameters, "num_heads": H, **settings})
 

@@ -65,6 +65,21 @@ def test_a_backend_named_for_one_op_is_used() -> None:
         assert served(lambda: ops.encoder_block(**small))["layernorm_mlp"] == "reference"
 
 
+def test_a_backend_named_for_the_block_runs_or_raises() -> None:
+    wide = CASES["1x198x192h3"].inputs(VARIANTS[0])  # automatically four ops
+    x, blocks = stack(1)
+    with use_backend(encoder_block="cpu"):
+        assert served(lambda: ops.encoder_block(**wide))["encoder_block"] == "cpu"
+    with use_backend(encoder="cpu"):
+        assert served(lambda: ops.encoder(x, blocks, 3))["encoder"] == "cpu"
+    with use_backend(encoder_block="cuda"), pytest.raises(BackendError, match="encoder_block: backend 'cuda' is not"):
+        ops.encoder_block(**wide)
+    with use_backend(encoder="cuda"), pytest.raises(BackendError, match="encoder: backend 'cuda' is not offered"):
+        ops.encoder(x, blocks, 3)
+    half = CASES["2x7x21h3"].inputs(VARIANTS[2])  # fp16 has no C++ kernel: the parts serve, and are what is recorded
+    assert "encoder_block" not in served(lambda: ops.encoder_block(**half))
+
+
 def test_each_op_has_its_own_order_where_the_block_has_none() -> None:
     """A wide block, and dropout that only PyTorch draws."""
     assert "encoder_block" not in served(lambda: ops.encoder_block(**CASES["1x198x192h3"].inputs(VARIANTS[0])))
@@ -153,6 +168,29 @@ def test_blocks_that_do_not_fit(spoil, error: type[Exception], text: str) -> Non
     spoil(blocks)
     with pytest.raises(error, match=re.escape(text)):
         ops.encoder(x, blocks, 3)
+
+
+@pytest.mark.parametrize("change", [
+    lambda blocks: blocks.train(), lambda blocks: setattr(blocks[1], "eps", 0.5),
+    lambda blocks: setattr(blocks[0], "forward", lambda x, seed=None: x + 1)], ids=["training", "eps", "forward"])
+def test_blocks_that_somebody_changed_are_called(change) -> None:
+    """Inference with and without autograd's bookkeeping is the same."""
+    model = create_model("vit_nano_patch4_32", depth=3, drop_rate=0.3).eval()
+    change(model.blocks)
+    images, seed = torch.randn(2, 3, 32, 32), torch.tensor(4)
+    expected = model(images, seed).detach()
+    with torch.no_grad():
+        assert torch.equal(model(images, seed), expected)
+        assert "encoder" not in served(lambda: model(images, seed))
+
+
+def test_a_lazy_minus_and_no_blocks() -> None:
+    x, blocks = stack(2)
+    expected = ops.encoder(x, blocks, 3, backend="cpu")
+    blocks[1][2] = torch._neg_view(blocks[1][2].neg())
+    assert torch.equal(ops.encoder(x, blocks, 3, backend="cpu"), expected)
+    for backend in ("cpu", "reference"):
+        assert ops.encoder(x, [], 3, backend=backend).data_ptr() != x.data_ptr()
 
 
 def test_hooks_between_blocks_fire() -> None:

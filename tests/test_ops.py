@@ -114,6 +114,15 @@ def test_autocast_casts_activations_and_keeps_fp64() -> None:
     assert ops.layernorm_linear(ones(3, 8), *LN, W, B).dtype == torch.float32
 
 
+def test_parameters_must_fit_what_autocast_makes_of_x() -> None:
+    """fp16 parameters beside activations that are about to be bf16: no kernel may take their bits for fp32."""
+    half = [t.half() for t in (*LN, W, B)]
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(TypeError, match="must be float32 or of the activations' dtype torch.bfloat16, got torch.float16"):
+            ops.layernorm_linear(ones(3, 8, dtype=torch.float16), *half)
+        assert ops.layernorm_linear(ones(3, 8), *(t.bfloat16() for t in (*LN, W, B))).dtype == torch.bfloat16
+
+
 def test_teacher_gets_no_gradient() -> None:
     teacher = torch.randn(2, 3, requires_grad=True)
     cls, dist = torch.randn(2, 3, requires_grad=True), torch.randn(2, 3, requires_grad=True)

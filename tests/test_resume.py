@@ -89,6 +89,15 @@ def test_killed_at_random_moments(rich, tmp_path, seed):
     assert_same_run(tmp_path, rich)
 
 
+def test_a_teacher_s_settings_do_not_matter_without_one(tmp_path):
+    """A default of theirs may change between two releases, and the run goes on."""
+    flags = (*VIT, "--output-dir", tmp_path)
+    assert train(*flags, "--epochs", "1", "--teacher-lr", "0.02").code == 0
+    assert train(*flags, "--epochs", "2", "--teacher-lr", "0.001", "--resume").code == 0
+    result = train(*flags, "--epochs", "3", "--lr", "0.5", "--resume")
+    assert result.code == 2 and "other settings (lr: 0.001 there, 0.5 here)" in result.output, result.output
+
+
 def test_fused_run_killed(tmp_path):
     """Dropout of native ops is drawn from seeds that follow from the position: it needs no state to go on."""
     flags = (*VIT, "--fused", "--epochs", "2", "--grad-accum-steps", "2", "--checkpoint-interval", "4",

@@ -43,16 +43,20 @@ def check_activation(op: str, name: str, x: Tensor) -> None:
 
 
 def check_parameter(op: str, name: str, parameter: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:
-    """A parameter has this shape, lies on x's device, and is fp32 or of x's dtype; only a bias may be None."""
-    if (isinstance(parameter, Tensor) and parameter.shape == shape and parameter.dtype == x.dtype
-            and parameter.device == x.device and parameter.layout is torch.strided):
-        return  # nearly every call; what follows only finds the words
+    """A parameter has this shape, lies on x's device, and is fp32 or of x's dtype, as autocast is about to make it.
+
+    Only a bias may be None.
+    """
+    if (isinstance(parameter, Tensor) and parameter.shape == shape and parameter.dtype is torch.float32
+            and x.dtype is not torch.float64 and parameter.device == x.device and parameter.layout is torch.strided):
+        return  # nearly every call; what follows finds the rest, and the words
     if parameter is None and name.endswith("bias"):
         return
     check_tensor(op, name, parameter)
     check(tuple(parameter.shape) == shape, op, f"{name} must have shape {shape}, got {tuple(parameter.shape)}")
-    if parameter.dtype != x.dtype and not (parameter.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)):
-        raise TypeError(f"{op}: {name} must be float32 or of the activations' dtype {x.dtype}, got {parameter.dtype}.")
+    dtype = autocast_dtype(x) or x.dtype
+    if parameter.dtype != dtype and not (parameter.dtype == torch.float32 and dtype in (torch.bfloat16, torch.float16)):
+        raise TypeError(f"{op}: {name} must be float32 or of the activations' dtype {dtype}, got {parameter.dtype}.")
     check_device(op, name, parameter, x)
 
 

@@ -1,7 +1,7 @@
 """All blocks of an encoder as one call, for inference.
 
-A call from Python costs some 200 us (`encoder_block`), which is twice what the kernels of a small model's block take
-for one image. What needs gradients goes block by block: autograd frees a block's activations as soon as its backward
+For one image a block of the report's size spends more time beside its kernels than in them (`encoder_block`; NOTES.md has
+the figures). What needs gradients goes block by block: autograd frees a block's activations as soon as its backward
 is done.
 """
 
@@ -48,8 +48,8 @@ def encoder(x: Tensor, blocks: Sequence[Sequence[Tensor | None]], num_heads: int
         eps: added to the variances.
         backend: who computes it; None: see `deit_fast.use_backend`.
 
-    Equal to `encoder_block` called for each block, which is also what happens where a gradient is wanted or no backend
-    serves the whole. Raises as `encoder_block` does.
+    Equal to `encoder_block` called for each block, which is also what happens where a gradient is wanted, or no backend
+    serves the whole, or somebody named one for a part. Raises as `encoder_block` does.
     """
     check_stream(OP.name, x, num_heads, eps)
     for index, tensors in enumerate(blocks):
@@ -70,6 +70,7 @@ def _computed(backend: str, blocks: Sequence[Sequence[Tensor | None]], call: tup
 
 def _composed(blocks: Sequence[Sequence[Tensor | None]], call: tuple, backend: str | None = None) -> Tensor:
     x, _, num_heads, eps = call
+    x = x if blocks else x.clone()
     for tensors in blocks:
         x = encoder_block(x, *tensors, num_heads, eps, backend=backend)
     return x
@@ -80,7 +81,9 @@ def _is_whole(backend: str | None, call: tuple) -> bool:
     x, parameters, *_ = call
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (x, *parameters)):
         return False
-    name = OP.asked(backend)
-    if any(op.asked(backend) != name for op in PARTS):
+    name, parts = OP.asked(backend), [op.asked(backend) for op in PARTS]
+    if name == "reference" or any(part not in (None, name) for part in parts):
         return False
-    return bool(OP.order(*call)) if name is None else name in tuple(OP.offers)
+    if name is None:
+        return bool(OP.order(*call))
+    return name in tuple(OP.offers) or None in parts  # a name meant for the encoder itself is served or refused

@@ -107,9 +107,9 @@ def _serve(backend: str | None, call: tuple) -> Tensor:
 def _is_whole(backend: str | None, call: tuple) -> bool:
     """Whether one backend is to serve all of the block, as far as choices go."""
     name = OP.asked(backend)
-    if any(op.asked(backend) != name for op in PARTS):
+    if name == "reference" or any(op.asked(backend) not in (None, name) for op in PARTS):
         return False
-    return bool(OP.order(*call)) if name is None else name != "reference"
+    return name is not None or bool(OP.order(*call))
 
 
 def is_small(x: Tensor) -> bool:

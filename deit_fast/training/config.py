@@ -18,7 +18,7 @@ package's `__init__` imports the ops.)
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -299,6 +299,13 @@ def to_dict(config: Config) -> dict[str, Any]:
             value = getattr(getattr(config, part), s.name)
             flat[s.name] = list(value) if isinstance(value, tuple) else value
     return flat
+
+
+def unread_settings(*runs: Mapping[str, Any]) -> set[str]:
+    """The settings that none of these runs (flat, as in config.yaml) reads: a teacher's, where all go without one."""
+    if any(run.get("distillation_type") != "none" for run in runs):
+        return set()
+    return {setting.name for setting in fields(DistillationConfig)} - {"distillation_type"}
 
 
 def from_dict(flat: dict[str, Any]) -> Config:

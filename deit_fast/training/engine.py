@@ -20,7 +20,7 @@ from torch import nn
 
 from deit_fast.errors import CheckpointError, TrainingError
 from deit_fast.training import checkpoint, graphs, report
-from deit_fast.training.config import OptimConfig, RunConfig
+from deit_fast.training.config import OptimConfig, RunConfig, unread_settings
 from deit_fast.training.evaluation import measure
 from deit_fast.training.interrupt import Interrupted, StopSignals
 from deit_fast.training.job import Job
@@ -36,7 +36,8 @@ def check_resumable(path: Path, state: dict, name: str, num_classes: int, settin
     if "settings" not in state:
         raise CheckpointError(f"{path} holds weights only and cannot be resumed. Use last.pt, or --finetune.")
     theirs = state["settings"]
-    different = [key for key in settings if key not in theirs or theirs[key] != settings[key]]
+    unread = unread_settings(settings, theirs)
+    different = [key for key in settings if key not in unread and (key not in theirs or theirs[key] != settings[key])]
     if different:
         listed = "; ".join(f"{key}: {theirs.get(key)!r} there, {settings[key]!r} here" for key in sorted(different))
         raise CheckpointError(f"{path} is of a run with other settings ({listed}). Resume with the same ones, or start "

@@ -66,8 +66,11 @@ def parameter(tensor: Tensor | None) -> tuple[int, bool]:
 
 
 def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors, copied where they are not contiguous; the caller keeps them alive while a kernel reads them."""
-    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
+    """The tensors, copied where they are not contiguous; the caller keeps them alive while a kernel reads them.
+
+    A lazy minus is resolved: PyTorch does that for an operator's tensors, but not for those in a list with gaps.
+    """
+    return tuple(None if tensor is None else tensor.resolve_neg().contiguous() for tensor in tensors)
 
 
 def run(call, backward: bool, *arguments: object) -> None:

@@ -13,7 +13,15 @@ from typing import Any
 from deit_fast.errors import ConfigError
 from deit_fast.training import checkpoint
 from deit_fast.training.cli import read_yaml, settings
-from deit_fast.training.config import PRESETS, AugmentationConfig, Config, DistillationConfig, from_dict, to_dict
+from deit_fast.training.config import (
+    PRESETS,
+    AugmentationConfig,
+    Config,
+    DistillationConfig,
+    from_dict,
+    to_dict,
+    unread_settings,
+)
 from deit_fast.training.finish import is_finished
 from deit_fast.training.run import FREE_ON_RESUME
 from deit_fast.training.study.settings import Study
@@ -169,7 +177,7 @@ def check_folder(run: Run, fingerprint: str) -> None:
             raise ConfigError(f"{run.folder} holds a checkpoint without its config.yaml. Choose another --output-dir.")
         return
     theirs, ours = to_dict(from_dict(read_yaml(str(path)))), to_dict(run.config)
-    unread = DISTILLING - {"distillation_type"} if ours["distillation_type"] == theirs["distillation_type"] == "none" else set()
+    unread = unread_settings(ours, theirs)
     different = [
         key for key in ours if key not in {*FREE_ON_RESUME, *unread, "epochs"} and theirs[key] != ours[key]
     ]

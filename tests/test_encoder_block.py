@@ -24,7 +24,8 @@ def served(call) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if v.name in ("fp32", "bf16", "bf16mixed")], ids=lambda v: v.name)
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v.name in ("fp32", "bf16", "bf16mixed")],
+                         ids=lambda variant: variant.name)
 @pytest.mark.parametrize("name", ["2x7x21h3", "2x66x64h8", "droppath", "1x198x192h3"])
 def test_the_four_ops_bit_for_bit(name: str, variant) -> None:
     case = CASES[name]
@@ -37,8 +38,8 @@ def test_the_four_ops_bit_for_bit(name: str, variant) -> None:
         assert torch.equal(block, composed), gradient
 
 
-@pytest.mark.parametrize("wanted", [("fc2_bias",), ("ln2_weight", "proj_weight"), ("proj_bias",), ("qkv_weight",), ("x",),
-                                    ("ln1_bias", "fc1_weight")])
+@pytest.mark.parametrize("wanted", [("fc2_bias",), ("ln2_weight", "proj_weight"), ("proj_bias",), ("qkv_weight",),
+                                    ("x",), ("ln1_bias", "fc1_weight")])
 def test_gradients_that_only_some_want(wanted: tuple[str, ...]) -> None:
     inputs = CASES["2x7x21h3"].inputs(VARIANTS[0])
 

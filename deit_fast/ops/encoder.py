@@ -1,7 +1,7 @@
 """All blocks of an encoder as one call, for inference.
 
-For one image a block of the report's size spends more time beside its kernels than in them (`encoder_block`; NOTES.md has
-the figures). What needs gradients goes block by block: autograd frees a block's activations as soon as its backward
+For one image a block of the report's size spends more time beside its kernels than in them (`encoder_block`; NOTES.md
+has the figures). What needs gradients goes block by block: autograd frees a block's activations as soon as its backward
 is done.
 """
 
@@ -34,7 +34,8 @@ def _fake(x: Tensor, *_: object) -> Tensor:
 
 
 _operator = register(f"{OP.name}_forward",
-                     "(Tensor x, Tensor?[] parameters, int num_heads, float eps, str backend) -> Tensor", _forward, _fake)
+                     "(Tensor x, Tensor?[] parameters, int num_heads, float eps, str backend) -> Tensor",
+                     _forward, _fake)
 
 
 def encoder(x: Tensor, blocks: Sequence[Sequence[Tensor | None]], num_heads: int, eps: float = 1e-6, *,

@@ -36,8 +36,10 @@ def forward(*call: object, save: bool) -> tuple[Tensor, list[Tensor]]:
     scales = [None if scale is None else scale.float().contiguous() for scale in (a.attn_row_scale, a.mlp_row_scale)]
     out = x.new_empty(x.shape)
     flop = 8 * B * N * C * C + 4 * B * N * N * C + 4 * B * N * C * F
-    launch.run(module.EncoderBlock(
+    call = module.EncoderBlock(
         x.dtype == torch.bfloat16, B, N, C, a.num_heads, F, a.eps, launch.pointer(x),
         [launch.parameter(tensor) for tensor in tensors[1:]], a.dropout_p, a.attn_dropout_p,
-        int(a.seed) if drawn else 0, *map(launch.pointer, scales), (*statistics, qkv, y, h), launch.threads(flop, GRAIN)), False, out.data_ptr())
+        int(a.seed) if drawn else 0, *map(launch.pointer, scales), (*statistics, qkv, y, h),
+        launch.threads(flop, GRAIN))
+    launch.run(call, False, out.data_ptr())
     return out, saved

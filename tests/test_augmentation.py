@@ -17,6 +17,7 @@ from scipy import stats
 from deit_fast.data import draw as draws
 from deit_fast.data.augmentation import Plan, Recipe, epoch_order, neutral_plan, sample_plan
 from deit_fast.ops.augment_values import check_values
+from needs import needs_gpu
 
 N = 40_000
 FULL = Recipe(crop_pad=4, hflip=0.5, brightness=0.4, contrast=0.3, saturation=0.2, reprob=0.6, recount=2, mixup=0.8,
@@ -68,7 +69,7 @@ def test_another_epoch_or_seed_is_another_plan(recipe: Recipe, unused: str) -> N
             assert not torch.equal(base.tensors()[name], other.tensors()[name]), name
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU is available")
+@needs_gpu
 @pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
 @pytest.mark.parametrize("full", [FULL, RESIZED])
 def test_devices_agree(full: Recipe, mode: str) -> None:

@@ -17,6 +17,7 @@ import torch
 
 from deit_fast.errors import CheckpointError
 from deit_fast.training import checkpoint, files
+from needs import needs_gpu
 
 
 def temporaries(folder):
@@ -270,7 +271,7 @@ def test_rng_state_round_trip(tmp_path):
     assert torch.equal(torch.rand(5), first)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@needs_gpu
 def test_rng_state_round_trip_on_cuda():
     state = checkpoint.rng_state()
     first = torch.rand(5, device="cuda")

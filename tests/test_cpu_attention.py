@@ -14,9 +14,10 @@ from deit_fast import ops, reference
 from deit_fast.backend import BackendError
 from deit_fast.kernels import cpu
 from deit_fast.reference.philox import keep_mask
+from needs import needs_cpu
 from oracle import assert_within_budget
 
-pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
+pytestmark = needs_cpu
 
 SEED = torch.tensor(-0x1234567_89ABCDEF)
 

@@ -20,8 +20,9 @@ from deit_fast.backend import BackendError
 from deit_fast.kernels import cpu
 from deit_fast.kernels.cpu import launch
 from deit_fast.reference.philox import keep_mask
+from needs import needs_cpu
 
-pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
+pytestmark = needs_cpu
 TESTS = Path(__file__).parent
 OPS = ("layernorm_linear", "linear_residual", "layernorm_mlp")
 

@@ -17,12 +17,12 @@ from deit_fast import create_model, ops, use_backend
 from deit_fast.data.augmentation import Recipe
 from deit_fast.data.datasets import load_dataset
 from deit_fast.data.loader import TrainLoader
-from deit_fast.kernels import cpu
 from deit_fast.training.config import OptimConfig
 from deit_fast.training.optim import create_optimizer
+from needs import needs_cpu
 from oracle import assert_within_budget
 
-pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
+pytestmark = needs_cpu
 
 
 def batches_of(size: int, count: int) -> list[tuple[Tensor, Tensor]]:

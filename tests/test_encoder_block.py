@@ -10,10 +10,10 @@ import torch
 from cases import BLOCK, ENCODER_BLOCK, VARIANTS, Maker, block_inputs
 from deit_fast import BackendError, create_model, ops, use_backend
 from deit_fast.backend import OPS, record
-from deit_fast.kernels import cpu
+from needs import needs_cpu
 from test_parity import run
 
-pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
+pytestmark = needs_cpu
 CASES = {case.name: case for case in ENCODER_BLOCK}
 
 

@@ -34,6 +34,7 @@ from deit_fast.training.engine import Trainer
 from deit_fast.training.job import Job
 from deit_fast.training.optim import ModelEma
 from deit_fast.training.progress import Log
+from needs import needs_gpu
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 K, EPOCHS = 10, 2
@@ -128,7 +129,6 @@ def backends(device: torch.device, seeded: bool) -> Iterator[None]:
         yield
 
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -10,6 +10,7 @@ import torch
 from sklearn import metrics as sk
 
 from deit_fast.training.metrics import METRICS, Evaluation
+from needs import needs_gpu
 
 
 def make(samples, classes, kind="balanced", dtype=torch.float32, seed=0):
@@ -200,7 +201,7 @@ def test_bad_arguments():
         Evaluation(1)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@needs_gpu
 def test_update_does_not_synchronise():
     logits, labels = make(100, 10)
     logits, labels = logits.cuda(), labels.cuda()

@@ -8,6 +8,7 @@ from torch import nn
 
 from deit_fast.errors import CheckpointError
 from deit_fast.training import checkpoint, optim
+from needs import needs_gpu
 
 
 def config(**changes):
@@ -296,7 +297,7 @@ class TestEma:
             optim.ModelEma(Model(), 1.5)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@needs_gpu
 @pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
 def test_captured_step_follows_the_schedule(name):
     # The whole update in a CUDA graph: LR, EMA count and decay change between replays without a recapture.

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from deit_fast import ops, reference, use_backend
 from deit_fast.backend import BackendError
-from deit_fast.kernels import cpu
+from needs import needs_cpu
 from random_calls import Call, block_calls, cotangent_like, spoilt_calls, valid_calls
 
-pytestmark = pytest.mark.skipif(cpu.why_not() is not None, reason=str(cpu.why_not()))
+pytestmark = needs_cpu
 EXAMPLES = os.environ.get("DEIT_FAST_EXAMPLES")
 
 

@@ -13,6 +13,7 @@ import torch
 from deit_fast.backend import OPS, BackendError, KernelError, Offer, use_backend
 from deit_fast.kernels import cpu
 from deit_fast.ops.registration import NativeOp
+from needs import skip_or_fail
 
 calls: list[tuple] = []
 
@@ -44,7 +45,7 @@ def _toy_reference(x, w, b, r, power):
 @pytest.fixture(scope="module")
 def toy() -> Iterator[NativeOp]:
     if cpu.why_not():
-        pytest.skip(cpu.why_not())
+        skip_or_fail("cpu", cpu.why_not())
     sys.modules["deit_fast.kernels.cpu.toy_axpy"] = _toy_module()
     yield NativeOp("toy_axpy", _toy_reference, ("cpu",), "Tensor x, Tensor w, Tensor? b, Tensor r, float power", grads=("x", "w", "b"),
                    out=lambda x, *_: x.new_empty(x.shape), added="r")

@@ -24,6 +24,7 @@ from deit_fast.data.split import Split
 from deit_fast.data.workers import worker_errors
 from deit_fast.errors import DataError
 from deit_fast.ops import augment
+from needs import needs_gpu
 
 RAND = "rand-m9-mstd0.5-inc1"
 FULL = Recipe(crop_pad=4, hflip=0.5, brightness=0.3, contrast=0.3, reprob=0.5, mixup=0.8, cutmix=1.0, mixup_mode="elem")
@@ -160,7 +161,7 @@ def test_kernels_never_run_in_workers(root, monkeypatch):
     assert pids == [os.getpid()] * len(loader)  # a call in a worker would be missing from this list
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@needs_gpu
 def test_batches_on_a_gpu_are_those_of_the_cpu(root):
     data = load(root, data_loading="stream")
     ours = train_loader(data, workers=2, device="cuda", backend="reference").epoch(0)

@@ -24,7 +24,7 @@ from deit_fast.kernels.triton import (INTERPRETED, attention, attention_kernels,
                                       augment_geometry, augment_kernels, common, distillation_loss, layernorm_mlp,
                                       linear, linear_kernels, mlp_kernels, reduction, rowwise)
 from deit_fast.kernels.triton.common import Launch, cdiv  # noqa: E402
-from triton.runtime.errors import OutOfResources  # noqa: E402
+from too_large import TooLarge  # noqa: E402
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1: this process interprets and cannot compile")
 
@@ -142,22 +142,11 @@ def test_no_kernel_is_left_out() -> None:
     assert existing == compiled
 
 
-class _TooLarge:
-    """A kernel that Triton cannot fit into this chip."""
-
-    __name__ = "too_large_kernel"
-
-    def __getitem__(self, grid: tuple[int, ...]) -> object:
-        def launch(**arguments: object) -> None:
-            raise OutOfResources(300_000, 232_448, "shared memory")
-        return launch
-
-
 def test_a_kernel_that_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     """The launch that meets it raises KernelError, and from then on the op's why_not gives the reason."""
     monkeypatch.setattr(common, "FAILED", {})
     with pytest.raises(KernelError, match="Triton .* could not compile too_large_kernel here: out of resource"):
-        common.launch("attention", _TooLarge(), 1, torch.empty(1))
+        common.launch("attention", TooLarge(), 1, torch.empty(1))
     monkeypatch.setattr(common, "INTERPRETED", True)  # so that a tensor on the CPU is not the reason
     assert "too_large_kernel" in attention.why_not(torch.empty(1, 2, 24), 2, None, 0.0, None)
     assert layernorm_mlp.why_not(torch.empty(1, 2, 8), *[None] * 6, 1e-6, 0.0, None, None) is None
@@ -166,9 +155,9 @@ def test_a_kernel_that_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None
 def test_no_programs_no_launch() -> None:
     """An empty batch launches nothing."""
     with common.recording() as found:
-        common.launch("attention", _TooLarge(), 0, torch.empty(0))
+        common.launch("attention", TooLarge(), 0, torch.empty(0))
     assert found == []
-    common.launch("attention", _TooLarge(), 0, torch.empty(0))
+    common.launch("attention", TooLarge(), 0, torch.empty(0))
 
 
 WIDTHS = [1, 8, 17, 63, 64, 65, 100, 128, 192, 200, 256]

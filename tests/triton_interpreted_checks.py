@@ -10,7 +10,6 @@ import io
 from contextlib import redirect_stderr
 
 import torch
-from triton import OutOfResources
 
 from deit_fast import backend, ops
 from deit_fast.backend import OPS, BackendError
@@ -18,6 +17,7 @@ from deit_fast.kernels.triton import attention, common, layernorm_mlp, linear, r
 from deit_fast.kernels.triton.attention import split_keys
 from deit_fast.reference import block
 from deit_fast.reference.philox import keep_mask
+from too_large import TooLarge
 
 SEEDS = (0, 1, -1, 0x1234567_89ABCDEF)
 
@@ -112,17 +112,6 @@ def refusals() -> None:
     else:
         raise AssertionError("a backend that was asked for by name must raise")
     common.FAILED.clear()
-
-
-class TooLarge:
-    """A kernel that needs more shared memory than the chip has, which Triton says when it is launched."""
-
-    __name__ = "too_large_kernel"
-
-    def __getitem__(self, grid: tuple[int, ...]) -> object:
-        def launch(**arguments: object) -> None:
-            raise OutOfResources(300_000, 232_448, "shared memory")
-        return launch
 
 
 def stepping_down() -> None:

@@ -66,7 +66,8 @@ class Chain:
     def why_not(self, *call: object) -> str | None:
         """Why one of the four cannot be served, or None."""
         a = Arguments(*call)
-        return (self.attention.why_not(*a.attention(_qkv_of(a.x)))
+        qkv = a.x[..., :1].expand(*a.x.shape[:-1], 3 * a.x.shape[-1])  # its shape, without memory
+        return (self.attention.why_not(*a.attention(qkv))
                 or self.qkv.why_not(*a.layernorm_linear())
                 or self.proj.why_not(*a.linear_residual(a.x, a.x))
                 or self.mlp.why_not(*a.layernorm_mlp(a.x)))
@@ -83,36 +84,35 @@ class Chain:
     def saved_like(self, *call: object) -> list[Tensor]:
         """What forward saves, uninitialised."""
         a = Arguments(*call)
-        qkv, y, h = _qkv_of(a.x), a.x.new_empty(a.x.shape), a.x.new_empty(a.x.shape)
-        return [qkv, y, h, *(tensor for tensors in self._saved_like(a, qkv, y, h) for tensor in tensors)]
+        between, groups = self._saved_like(a)
+        return [*between, *(tensor for group in groups for tensor in group)]
 
     def backward(self, grad: Tensor, saved: list[Tensor], needs: list[bool], *call: object) -> list[Tensor]:
         """The gradients of x and the twelve parameters; the halves that nobody asks about are not computed."""
         a = Arguments(*call)
         qkv, y, h, *rest = saved
-        qkv_saved, attention_saved, proj_saved, mlp_saved = _split(rest, self._saved_like(a, qkv, y, h))
+        _, groups = self._saved_like(a._replace(x=a.x.new_empty(a.x.shape, device="meta")))  # how many, without memory
+        qkv_saved, attention_saved, proj_saved, mlp_saved = _split(rest, groups)
         before_y, before_h = any(needs[:5]), any(needs[:7])
         dh, *dmlp = self.mlp.backward(grad, mlp_saved, [before_h, *needs[7:]], *a.layernorm_mlp(h))
-        none = grad.new_empty(0)
         if not before_h:
-            return [*[none] * 7, *dmlp]
+            return [*(grad.new_empty(0) for _ in range(7)), *dmlp]
         dy, *dproj = self.proj.backward(dh, proj_saved, [before_y, *needs[5:7]], *a.linear_residual(y, None))
         if not before_y:
-            return [*[none] * 5, *dproj, *dmlp]
+            return [*(grad.new_empty(0) for _ in range(5)), *dproj, *dmlp]
         (dqkv,) = self.attention.backward(dy, attention_saved, [True], *a.attention(qkv))
         dx, *dqkv_parameters = self.qkv.backward(dqkv, qkv_saved, needs[:5], *a.layernorm_linear())
         if needs[0]:
             dx += dh  # x is the residual of the first half, too
         return [dx, *dqkv_parameters, *dproj, *dmlp]
 
-    def _saved_like(self, a: Arguments, qkv: Tensor, y: Tensor, h: Tensor) -> list[list[Tensor]]:
-        return [self.qkv.saved_like(*a.layernorm_linear()), self.attention.saved_like(*a.attention(qkv)),
-                self.proj.saved_like(*a.linear_residual(y, None)), self.mlp.saved_like(*a.layernorm_mlp(h))]
-
-
-def _qkv_of(x: Tensor) -> Tensor:
-    """An uninitialised qkv (B, N, 3C) for x (B, N, C)."""
-    return x.new_empty((*x.shape[:-1], 3 * x.shape[-1]))
+    def _saved_like(self, a: Arguments) -> tuple[list[Tensor], list[list[Tensor]]]:
+        """([qkv, y, h], what each of the four saves), uninitialised, on the device of a.x."""
+        qkv = a.x.new_empty((*a.x.shape[:-1], 3 * a.x.shape[-1]))
+        y, h = a.x.new_empty(a.x.shape), a.x.new_empty(a.x.shape)
+        return [qkv, y, h], [
+            self.qkv.saved_like(*a.layernorm_linear()), self.attention.saved_like(*a.attention(qkv)),
+            self.proj.saved_like(*a.linear_residual(y, None)), self.mlp.saved_like(*a.layernorm_mlp(h))]
 
 
 def _split(tensors: list[Tensor], like: list[list[Tensor]]) -> list[list[Tensor]]:

@@ -49,5 +49,5 @@ def _call(qkv: Tensor, num_heads: int, scale: float | None, dropout_p: float, se
     B, N, C3 = qkv.shape
     D = C3 // (3 * num_heads)
     return module.Attention(qkv.dtype == torch.bfloat16, B, N, num_heads, D, D**-0.5 if scale is None else scale,
-                            dropout_p, 0 if seed is None or dropout_p == 0.0 else int(seed), qkv.data_ptr(),
+                            dropout_p, launch.seed_value(seed, dropout_p), qkv.data_ptr(),
                             launch.pointer(saved[0] if saved else None), launch.threads(4 * B * num_heads * N * N * D))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import launch, module
-from .encoder_block import GRAIN
+from .encoder_block import threads
 
 
 def why_not(x: Tensor, parameters: list[Tensor | None], num_heads: int, eps: float) -> str | None:
@@ -23,8 +23,7 @@ def forward(x: Tensor, parameters: list[Tensor | None], num_heads: int, eps: flo
     if not features:
         return x.clone()
     out = x.new_empty(x.shape)
-    flop = 8 * B * N * C * C + 4 * B * N * N * C + 4 * B * N * C * features[0]
     launch.run(module.Encoder(x.dtype == torch.bfloat16, B, N, C, num_heads, eps, launch.pointer(x),
                               [launch.parameter(tensor) for tensor in parameters], features,
-                              launch.threads(flop, GRAIN)), False, out.data_ptr())
+                              threads(x, features[0])), False, out.data_ptr())
     return out

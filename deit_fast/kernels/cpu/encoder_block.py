@@ -19,6 +19,12 @@ _chain = Chain(layernorm_linear, attention, linear_residual, layernorm_mlp)
 saved_like, backward = _chain.saved_like, _chain.backward
 
 
+def threads(x: Tensor, features: int) -> int:
+    """The threads for a block's forward on x (B, N, C) with so many hidden features."""
+    B, N, C = x.shape
+    return launch.threads(4 * B * N * C * (2 * C + N + features), GRAIN)
+
+
 def why_not(*call: object) -> str | None:
     """Why this call cannot be served, or None."""
     a = Arguments(*call)
@@ -32,14 +38,12 @@ def forward(*call: object, save: bool) -> tuple[Tensor, list[Tensor]]:
     qkv, y, h, *statistics = map(launch.pointer, saved) if save else (0,) * 8
     tensors = launch.contiguous(*a[:13])
     x, (B, N, C), F = tensors[0], a.x.shape, a.fc1_weight.shape[0]
-    drawn = a.seed is not None and max(a.dropout_p, a.attn_dropout_p) > 0.0
-    scales = [None if scale is None else scale.float().contiguous() for scale in (a.attn_row_scale, a.mlp_row_scale)]
+    seed = launch.seed_value(a.seed, max(a.dropout_p, a.attn_dropout_p))
+    scales = [launch.row_factors(scale) for scale in (a.attn_row_scale, a.mlp_row_scale)]
     out = x.new_empty(x.shape)
-    flop = 8 * B * N * C * C + 4 * B * N * N * C + 4 * B * N * C * F
     call = module.EncoderBlock(
         x.dtype == torch.bfloat16, B, N, C, a.num_heads, F, a.eps, launch.pointer(x),
         [launch.parameter(tensor) for tensor in tensors[1:]], a.dropout_p, a.attn_dropout_p,
-        int(a.seed) if drawn else 0, *map(launch.pointer, scales), (*statistics, qkv, y, h),
-        launch.threads(flop, GRAIN))
+        seed, *map(launch.pointer, scales), (*statistics, qkv, y, h), threads(x, F))
     launch.run(call, False, out.data_ptr())
     return out, saved

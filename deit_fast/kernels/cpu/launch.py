@@ -89,9 +89,18 @@ def given(grads: list[Tensor | None], like: Tensor) -> list[Tensor]:
     return [like.new_empty(0) if grad is None else grad for grad in grads]
 
 
+def seed_value(seed: Tensor | None, dropout_p: float) -> int:
+    """A seed as the kernels take it; 0 where nothing is dropped."""
+    return 0 if seed is None or dropout_p == 0.0 else int(seed)
+
+
+def row_factors(row_scale: Tensor | None) -> Tensor | None:
+    """Drop-path's factors as the kernels read them: contiguous fp32, to be kept alive by the caller."""
+    return None if row_scale is None else row_scale.float().contiguous()
+
+
 def residual_settings(x: Tensor, dropout_p: float, seed: Tensor | None, row_scale: Tensor | None) -> tuple[tuple, Tensor | None]:
     """((p, seed, row_scale's address, rows per sample), the tensor to keep alive) for x (B, ..., C)."""
-    scale = None if row_scale is None else row_scale.float().contiguous()
+    scale = row_factors(row_scale)
     rows_per_sample = 1 if scale is None else max(1, x.numel() // x.shape[-1] // max(1, x.shape[0]))
-    value = 0 if seed is None or dropout_p == 0.0 else int(seed)
-    return (dropout_p, value, pointer(scale), rows_per_sample), scale
+    return (dropout_p, seed_value(seed, dropout_p), pointer(scale), rows_per_sample), scale

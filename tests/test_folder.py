@@ -13,6 +13,8 @@ from image_sets import (
 from PIL import Image
 
 from deit_fast.data import folder, scan
+from deit_fast.data.datasets import load_dataset
+from deit_fast.errors import DataError
 
 
 @pytest.fixture(autouse=True)
@@ -231,3 +233,12 @@ def test_statistics_come_from_the_train_split_alone(tmp_path):
     data = load(write_directory(tmp_path / "set", files), val_split=0.25)
     assert torch.allclose(torch.tensor(data.mean), torch.tensor([0.2] * 3)) and min(data.std) > 0
     assert any("computed from its train split" in note for note in data.notes)
+
+
+def test_a_name_of_ones_own(tmp_path):
+    path = write_directory(tmp_path / "set", make_files())
+    own, named = load(path), load(path, name="Three greys (JPEG copy)")
+    assert own.name == "folder:set" and named.name == "Three greys (JPEG copy)"
+    assert named.fingerprint == own.fingerprint and any("Three greys" in note for note in named.notes)
+    with pytest.raises(DataError, match="--data-name is for --data-set folder; digits has a name"):
+        load_dataset("digits", name="Three greys")

@@ -79,10 +79,12 @@ def load_dataset(
     log: Callable[[str], None] = print,
     data_loading: str = "auto",
     device: torch.device | str = "cpu",
+    name: str | None = None,
 ) -> ImageData:
     """The data set `data_set` (one of DATA_SETS) at input_size, split by seed; DataError says what is wrong with it.
 
-    data_loading: one of DATA_LOADING. device: where the images are to be used, whose memory `auto` looks at.
+    data_loading: one of DATA_LOADING. device: where the images are to be used, whose memory `auto` looks at. name: what
+    to call a folder instead of its file name.
     """
     if data_set not in DATA_SETS:
         raise DataError(f"unknown data set {data_set!r}. Known: {', '.join(DATA_SETS)}.")
@@ -92,6 +94,8 @@ def load_dataset(
         raise DataError(f"--val-split {val_split:g} is no share of the train split. Give 0 (none) or more, below 1.")
     if input_size < 1:
         raise ValueError(f"load_dataset: input_size must be positive, got {input_size}.")
+    if name and data_set != "folder":
+        raise DataError(f"--data-name is for --data-set folder; {data_set} has a name of its own. Leave it out.")
     path = None if data_path is None else Path(data_path).expanduser()
     if data_set == "folder":
         raw = _folder(path, input_size, skip_bad_images, log, data_loading)
@@ -101,6 +105,7 @@ def load_dataset(
         raw = _auto(path, download, log)
     else:
         raw = _Raw(data_set, *load_cifar(data_set, path, download, log))
+    name = name or raw.name
     notes = list(raw.notes)
     train, test = _resized(raw.train, input_size), _resized(raw.test, input_size)
     if data_loading == "stream" or data_loading == "auto" and train.images.numel() + test.images.numel() > room(device):
@@ -113,9 +118,9 @@ def load_dataset(
     if mean is None:
         files = isinstance(train.images, ImageFiles)
         mean, std = train.images.statistics() if files else pixel_statistics(train.images)
-        notes.append(f"mean and std of {raw.name} are computed from its train split")
+        notes.append(f"mean and std of {name} are computed from its train split")
     fingerprint = _fingerprint(raw.classes, train, val, test)
-    return ImageData(raw.name, raw.classes, train, val, test, mean, std, fingerprint, raw.flips, tuple(notes))
+    return ImageData(name, raw.classes, train, val, test, mean, std, fingerprint, raw.flips, tuple(notes))
 
 
 def pixel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

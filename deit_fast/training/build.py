@@ -46,7 +46,7 @@ def load_data(config: Config, size: int, device: torch.device, log: Log) -> Imag
     """The data set of a run, at `size` pixels, to be used on the device."""
     c = config.data
     data = load_dataset(c.data_set, c.data_path, size, c.val_split, c.data_seed, c.download, c.skip_bad_images, log,
-                        c.data_loading, device)
+                        c.data_loading, device, c.data_name)
     for note in data.notes:
         log(f"NOTE: {note}")
     val = "no validation split" if data.val is None else f"{len(data.val):,} val"

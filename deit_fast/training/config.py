@@ -41,6 +41,7 @@ class DataConfig(Section):
                             choices=("auto", "cifar10", "cifar100", "folder", "digits"), flags=("--dataset",))
     data_path: str | None = setting(None, "where the data lies or is downloaded to; for folder a directory or archive "
                                     "of train/<class>/* and test/<class>/*", flags=("--data-dir",), metavar="PATH")
+    data_name: str | None = setting(None, "folder: what logs and reports call it; none: its file name", metavar="TEXT")
     download: bool = setting(True, "download a data set that is missing")
     input_size: int | None = setting(None, "side of the training images in pixels; none: the model's own",
                                      within="[1, inf)", flags=("--img-size",))

@@ -29,9 +29,9 @@ from deit_fast.training.teachers import prepare_teacher, teacher_cache, teacher_
 
 # Settings that may differ between a run and its resumption: they change where it is computed and how it is watched, not
 # what. (finetune: the checkpoint brings the weights. Data and teacher are compared by their contents.)
-FREE_ON_RESUME = {"preset", "data_path", "download", "eval_batch_size", "workers", "data_loading", "skip_bad_images",
-                  "finetune", "teacher_path", "teacher_cache", "output_dir", "device", "cuda_graphs", "resume", "eval",
-                  "log_interval", "checkpoint_interval"}
+FREE_ON_RESUME = {"preset", "data_path", "data_name", "download", "eval_batch_size", "workers", "data_loading",
+                  "skip_bad_images", "finetune", "teacher_path", "teacher_cache", "output_dir", "device", "cuda_graphs",
+                  "resume", "eval", "log_interval", "checkpoint_interval"}
 
 
 def run(config: Config, log: Log) -> Path:

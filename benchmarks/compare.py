@@ -6,9 +6,9 @@ over rounds of (baseline's time / ours) is printed. Beside it stand rates, in pe
 registers alone reaches in the same run (`torch.mm` for scale).
 
 The baselines are PyTorch's own: `reference` and timm's model (when it is installed), eager, under `torch.compile`, and
-under bf16 autocast; in inference also ONNX Runtime and OpenVINO, when they are installed. They draw PyTorch's dropout;
-ours draws the seeded masks that every backend shares. Backward is counted as two products for each of forward's,
-whatever is computed again.
+under bf16 autocast. In training they draw PyTorch's dropout, ours draws the seeded masks that every backend shares.
+Inference also has ONNX Runtime and OpenVINO, when they are installed, and our frozen model, which like theirs keeps its
+weights packed. Backward is counted as two products for each of forward's, whatever is computed again.
 
     --parts ops,train,infer,...     default: these three
             sweep                   the cost of an image at batch 16 to 1024
@@ -26,7 +26,7 @@ import argparse
 import torch
 from cpu import memory, presets, timing
 from cpu.block_ops import compare_ops
-from cpu.models import MODEL, candidates_for, inference, report, sweep, training
+from cpu.models import MODEL, candidates_for, frozen, inference, report, sweep, training
 from cpu.peers import inference_engines
 
 from deit_fast.backend import record
@@ -69,7 +69,8 @@ def main() -> None:
         print(f"  served by {served}")
     if "infer" in parts:
         for batch in (BATCH, 1):
-            candidates = candidates_for(inference(batch), compiled) | inference_engines(batch, args.threads)
+            candidates = candidates_for(inference(batch), compiled)
+            candidates |= frozen(batch) | inference_engines(batch, args.threads)
             report(f"inference of {MODEL}, batch {batch}", candidates, args.rounds, batch, calls=4 if batch > 1 else 40)
     if "sweep" in parts:
         sweep()

@@ -1,5 +1,5 @@
-// Python's view of an encoder block and of an encoder, its blocks one after the other: objects for a call, which name
-// the bytes of workspace that it needs and then run in it.
+// Python's view of an encoder block, an object for a call as of the GEMM ops, and of an encoder, its blocks one after the
+// other, which may serve many calls.
 #include "bind.h"
 #include "encoder_block.h"
 
@@ -38,20 +38,27 @@ EncoderBlock make_block(const Sizes& s, long F, void* x, const ParamArg* p, cons
         x, at(saved[5]), at(saved[6]), at(saved[7])};
 }
 
+// All blocks, for inference, with whatever batch comes: parameters (12 for each block) and widths stay from call to call.
 struct Encoder {
-    std::vector<EncoderBlock> blocks;
+    bool is_bf16;
+    long C, H;
+    double eps;
+    std::vector<ParamArg> parameters;
+    std::vector<long> features;  // a block's hidden ones
 
-    long workspace() const {
+    EncoderBlock block(size_t i, long B, long N, int threads, void* x) const {
+        return make_block({is_bf16, B, N, C, H, eps, threads}, features[i], x, &parameters.at(12 * i + 11) - 11, {}, {});
+    }
+    long workspace(long B, long N, int threads) const {
         long most = 0;
-        for (const EncoderBlock& block : blocks) most = std::max(most, encoder_block_workspace(block));
+        for (size_t i = 0; i < features.size(); ++i)
+            most = std::max(most, encoder_block_workspace(block(i, B, N, threads, nullptr)));
         return most;
     }
     // Each block but the first works in place: its last kernel reads no x.
-    void forward(void* workspace, void* out) const {
-        for (EncoderBlock block : blocks) {
-            if (!block.x) block.x = out;
-            encoder_block_forward(block, workspace, out);
-        }
+    void forward(long B, long N, int threads, void* workspace, void* x, void* out) const {
+        for (size_t i = 0; i < features.size(); ++i)
+            encoder_block_forward(block(i, B, N, threads, i ? out : x), workspace, out);
     }
 };
 
@@ -71,16 +78,11 @@ void bind_encoder_block(py::module_& m) {
             encoder_block_forward(call, at(workspace), at(out));
         }, NoGil());
     py::class_<Encoder>(m, "Encoder", py::module_local())
-        .def(py::init([](bool is_bf16, long B, long N, long C, long H, double eps, Pointer x,
-                         const std::vector<ParamArg>& parameters, const std::vector<long>& features, int threads) {
-            Encoder encoder;
-            for (size_t i = 0; i < features.size(); ++i)
-                encoder.blocks.push_back(make_block({is_bf16, B, N, C, H, eps, threads}, features[i], i ? nullptr : at(x),
-                                                    &parameters.at(12 * i + 11) - 11, {}, {}));
-            return encoder;
+        .def(py::init([](bool is_bf16, long C, long H, double eps, std::vector<ParamArg> parameters,
+                         std::vector<long> features) {
+            return Encoder{is_bf16, C, H, eps, std::move(parameters), std::move(features)};
         }))
-        .def("workspace", [](const Encoder& call, bool) { return call.workspace(); })
-        .def("forward", [](const Encoder& call, Pointer workspace, Pointer out) {
-            call.forward(at(workspace), at(out));
-        }, NoGil());
+        .def("workspace", &Encoder::workspace)
+        .def("forward", [](const Encoder& encoder, long B, long N, int threads, Pointer workspace, Pointer x,
+                           Pointer out) { encoder.forward(B, N, threads, at(workspace), at(x), at(out)); }, NoGil());
 }

@@ -7,6 +7,10 @@ using namespace deit;
 
 namespace {
 
+template <class E> void pack(Param weight, long K, long N, void* to) {
+    for (long j = 0; j < padded(N) / NR; ++j) pack_transposed<E>(weight, K, N, j, static_cast<float*>(to));
+}
+
 template <class Call> Call in(Call call, Pointer workspace) {
     call.workspace = at(workspace);
     return call;
@@ -16,6 +20,13 @@ template <class Call> Call in(Call call, Pointer workspace) {
 
 void bind_gemm_ops(py::module_& m) {
     m.def("multiply_rate", &multiply_rate, NoGil());
+    m.def("packed_bytes", [](bool is_bf16, long K, long N) {
+        return 4 * (is_bf16 ? packed_words<Operand<bf16>>(K, N) : packed_words<float>(K, N));
+    });
+    m.def("pack", [](bool is_bf16, long K, long N, ParamArg weight, Pointer to) {
+        if (is_bf16) pack<Operand<bf16>>(param(weight), K, N, at(to));
+        else pack<float>(param(weight), K, N, at(to));
+    });
     py::class_<LayerNormLinear>(m, "LayerNormLinear", py::module_local())
         .def(py::init([](bool is_bf16, long M, long C, long F, double eps, Pointer x, Pointer mean, Pointer rstd,
                          ParamArg ln_weight, ParamArg ln_bias, ParamArg weight, ParamArg bias, int threads) {

@@ -55,7 +55,7 @@ void bind_attention(pybind11::module_& m);
 void bind_encoder_block(pybind11::module_& m);
 
 PYBIND11_MODULE(DEIT_FAST_MODULE, m) {
-    m.attr("interface") = 4;  // as in deit_fast/kernels/cpu/__init__.py; counts up when what is defined here changes
+    m.attr("interface") = 5;  // as in deit_fast/kernels/cpu/__init__.py; counts up when what is defined here changes
     m.def("supported_isas", &supported_isas);
     bind_attention(m);
     bind_augment(m, [](const augment::Args& args, void*, int num_threads) {

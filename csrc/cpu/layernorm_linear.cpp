@@ -52,9 +52,9 @@ template <class T> void forward(const LayerNormLinear& a, T* out) {
     const T* x = static_cast<const T*>(a.x);
     float *means = static_cast<float*>(a.mean), *rstds = static_cast<float*>(a.rstd);
     Arena arena(a.workspace);
-    const Shared shared(arena, C, F, packed_words<E>(C, F));
+    const Shared shared(arena, C, F, packing_words<E>(a.weight, C, F));
     const LayerNorm ln = shared.load(a);
-    const Panels weight = packed<E>(shared.weight, C);
+    const Panels weight = panels<E>(a.weight, C, shared.weight);
     const long tile = std::min(TILE, padded((a.M + a.threads - 1) / a.threads, MR));
 #pragma omp parallel num_threads(a.threads)
     {
@@ -62,7 +62,7 @@ template <class T> void forward(const LayerNormLinear& a, T* out) {
         const auto s = scratch<ForwardScratch<E>>(arena, omp_get_thread_num(), C);
         float mean[TILE], rstd[TILE];
 #pragma omp for
-        for (long j = 0; j < padded(F) / NR; ++j) pack_transposed<E>(a.weight, C, F, j, shared.weight);
+        for (long j = 0; j < panels_to_pack(a.weight, F); ++j) pack_transposed<E>(a.weight, C, F, j, shared.weight);
 #pragma omp for schedule(dynamic)
         for (long row = 0; row < a.M; row += tile) {
             const long rows = std::min(tile, a.M - row);
@@ -139,7 +139,7 @@ void backward(const LayerNormLinear& a, const T* grad, T* dx, Param dln_weight, 
 
 template <class E> long workspace(const LayerNormLinear& a, bool backward) {
     Arena arena(nullptr);
-    Shared(arena, a.C, a.F, backward ? packed_words<E>(a.F, a.C) : packed_words<E>(a.C, a.F));
+    Shared(arena, a.C, a.F, backward ? packed_words<E>(a.F, a.C) : packing_words<E>(a.weight, a.C, a.F));
     if (backward) {
         const Partial at{a.C, a.F};
         arena.take(Chunks(a.M, at.words).count * at.words);

@@ -26,8 +26,9 @@ struct Shared {  // parameters, converted and packed; w1_direct and w2_direct fo
         : ln_weight(arena.take(padded(C))), ln_bias(arena.take(padded(C))), b1(arena.take(padded(F))),
             b2(arena.take(padded(C))),
           w1(arena.take(w1_words)), w2(arena.take(w2_words)), w1_direct(arena.take(w1_direct_words)) {}
-    template <class E> static Shared forward(Arena& arena, long C, long F) {
-        return Shared(arena, C, F, packed_words<E>(C, F), packed_words<E>(F, C), 0);
+    template <class E> static Shared forward(Arena& arena, const LayerNormMlp& a) {
+        return Shared(arena, a.C, a.F, packing_words<E>(a.fc1_weight, a.C, a.F),
+                      packing_words<E>(a.fc2_weight, a.F, a.C), 0);
     }
     template <class E> static Shared backward(Arena& arena, long C, long F) {
         return Shared(arena, C, F, packed_words<E>(C, F), packed_words<E>(C, F), packed_words<E>(F, C));
@@ -110,9 +111,9 @@ template <class T> void forward(const LayerNormMlp& a, T* out) {
     float *means = static_cast<float*>(a.mean), *rstds = static_cast<float*>(a.rstd);
     const Branch hidden = a.residual.branch(SITE_HIDDEN, F), output = a.residual.branch(SITE_OUTPUT, C);
     Arena arena(a.workspace);
-    const Shared shared = Shared::forward<E>(arena, C, F);
+    const Shared shared = Shared::forward<E>(arena, a);
     const LayerNorm ln = shared.load(a);
-    const Panels w1 = packed<E>(shared.w1, C), w2 = packed<E>(shared.w2, F);
+    const Panels w1 = panels<E>(a.fc1_weight, C, shared.w1), w2 = panels<E>(a.fc2_weight, F, shared.w2);
     const long tile = std::min(FORWARD_TILE, padded((a.M + a.threads - 1) / a.threads, MR));
 #pragma omp parallel num_threads(a.threads)
     {
@@ -120,9 +121,9 @@ template <class T> void forward(const LayerNormMlp& a, T* out) {
         const auto s = scratch<ForwardScratch<E>>(arena, omp_get_thread_num(), C, F);
         float mean[FORWARD_TILE], rstd[FORWARD_TILE];
 #pragma omp for nowait
-        for (long j = 0; j < padded(F) / NR; ++j) pack_transposed<E>(a.fc1_weight, C, F, j, shared.w1);
+        for (long j = 0; j < panels_to_pack(a.fc1_weight, F); ++j) pack_transposed<E>(a.fc1_weight, C, F, j, shared.w1);
 #pragma omp for
-        for (long j = 0; j < padded(C) / NR; ++j) pack_transposed<E>(a.fc2_weight, F, C, j, shared.w2);
+        for (long j = 0; j < panels_to_pack(a.fc2_weight, C); ++j) pack_transposed<E>(a.fc2_weight, F, C, j, shared.w2);
 #pragma omp for schedule(dynamic)
         for (long row = 0; row < a.M; row += tile) {
             const long rows = std::min(tile, a.M - row);
@@ -240,7 +241,7 @@ template <class E> long workspace(const LayerNormMlp& a, bool backward) {
         const Partial at{a.C, a.F};
         arena.take(Chunks(a.M, at.words).count * at.words);
     } else {
-        Shared::forward<E>(arena, a.C, a.F);
+        Shared::forward<E>(arena, a);
     }
     for (int t = 0; t < a.threads; ++t) {
         if (backward) BackwardScratch<E>(arena, a.C, a.F, backward_tile(a.C));

@@ -45,16 +45,16 @@ template <class T> void forward(const LinearResidual& a, const T* residual, T* o
     const T* x = static_cast<const T*>(a.x);
     const Branch branch = a.residual.branch(SITE, F);
     Arena arena(a.workspace);
-    const Shared shared(arena, F, packed_words<E>(C, F));
+    const Shared shared(arena, F, packing_words<E>(a.weight, C, F));
     copy_vector(a.bias, F, shared.bias);
-    const Panels weight = packed<E>(shared.weight, C);
+    const Panels weight = panels<E>(a.weight, C, shared.weight);
     const long tile = std::min(TILE, padded((a.M + a.threads - 1) / a.threads, MR));
 #pragma omp parallel num_threads(a.threads)
     {
         const TileRegisters<E> registers;
         const auto s = scratch<ForwardScratch<E>>(arena, omp_get_thread_num(), C);
 #pragma omp for
-        for (long j = 0; j < padded(F) / NR; ++j) pack_transposed<E>(a.weight, C, F, j, shared.weight);
+        for (long j = 0; j < panels_to_pack(a.weight, F); ++j) pack_transposed<E>(a.weight, C, F, j, shared.weight);
 #pragma omp for schedule(dynamic)
         for (long row = 0; row < a.M; row += tile) {
             const long rows = std::min(tile, a.M - row);
@@ -122,7 +122,7 @@ template <class T> void backward(const LinearResidual& a, const T* grad, T* dx, 
 
 template <class E> long workspace(const LinearResidual& a, bool backward) {
     Arena arena(nullptr);
-    Shared(arena, a.F, backward ? packed_words<E>(a.F, a.C) : packed_words<E>(a.C, a.F));
+    Shared(arena, a.F, backward ? packed_words<E>(a.F, a.C) : packing_words<E>(a.weight, a.C, a.F));
     if (backward) {
         const Partial at{a.C, a.F};
         arena.take(Chunks(a.M, at.words).count * at.words);

@@ -75,6 +75,7 @@ template <class T> inline void store_first(T* p, Vec v, int n) {
 struct Param {
     void* p;      // null: left out
     bool is_bf16;
+    bool is_packed = false;  // a weight (N, K) as pack_transposed leaves it, which forward then uses as it is
 
     Vec load_at(long i, int n) const {
         return is_bf16 ? load_first(static_cast<const bf16*>(p) + i, n) : load_first(static_cast<const float*>(p) + i, n);
@@ -117,6 +118,15 @@ template <class E> inline void pack_transposed(Param weight, long K, long N, lon
                                                    load(turned + w * LANES));
         }
 }
+
+// A forward product's weight: packed already, or in `room`, by all threads of the region. It takes `packing_words`.
+template <class E> inline long packing_words(Param weight, long K, long N) {
+    return weight.is_packed ? 0 : packed_words<E>(K, N);
+}
+template <class E> inline Panels panels(Param weight, long K, const float* room) {
+    return packed<E>(weight.is_packed ? static_cast<const float*>(weight.p) : room, K);
+}
+inline long panels_to_pack(Param weight, long N) { return weight.is_packed ? 0 : padded(N) / NR; }
 
 // Panel j of b (K, N) = weight (K, N) as it is.
 template <class E> inline void pack_direct(Param weight, long K, long N, long j, float* to) {

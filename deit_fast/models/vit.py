@@ -186,7 +186,7 @@ class VisionTransformer(nn.Module):
         prefix = [self.cls_token, self.dist_token] if self.two_heads else [self.cls_token]
         x = torch.cat([*(token.expand(x.shape[0], -1, -1).to(x.dtype) for token in prefix), x], dim=1)
         x = self.pos_drop(x + self.pos_embed)
-        if not (self.training or torch.is_grad_enabled()) and _are_alike(self.blocks):
+        if not (self.training or torch.is_grad_enabled()) and are_alike(self.blocks):
             first = self.blocks[0]
             return ops.encoder(x, [block.tensors() for block in self.blocks], first.attn.num_heads, first.eps)
         for layer, block in enumerate(self.blocks):
@@ -219,7 +219,7 @@ class VisionTransformer(nn.Module):
         return logits if self.training else (logits[0] + logits[1]) / 2
 
 
-def _are_alike(blocks: nn.ModuleList) -> bool:
+def are_alike(blocks: nn.ModuleList) -> bool:
     """Whether one call of all blocks is the same as calling each, in inference.
 
     It is not where somebody waits for the calls (hooks, for the features between two blocks), or changed one of them.

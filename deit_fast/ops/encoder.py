@@ -7,7 +7,7 @@ is done.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -52,10 +52,7 @@ def encoder(x: Tensor, blocks: Sequence[Sequence[Tensor | None]], num_heads: int
     Equal to `encoder_block` called for each block, which is also what happens where a gradient is wanted, or no backend
     serves the whole, or somebody named one for a part. Raises as `encoder_block` does.
     """
-    check_stream(OP.name, x, num_heads, eps)
-    for index, tensors in enumerate(blocks):
-        check(len(tensors) == 12, OP.name, f"block {index} must have 12 parameters, got {len(tensors)}")
-        check_parameters(f"{OP.name}: block {index}", x, tensors)
+    _check(x, blocks, num_heads, eps)
     (x,) = cast(autocast_dtype(x), x)
     parameters = [tensor for tensors in blocks for tensor in tensors]
     call = (x, parameters, num_heads, eps)
@@ -63,6 +60,28 @@ def encoder(x: Tensor, blocks: Sequence[Sequence[Tensor | None]], num_heads: int
         if _is_whole(backend, call):
             return OP.run(backend, call, lambda chosen: _computed(chosen, blocks, call))
         return _composed(blocks, call, backend)
+
+
+def freeze_encoder(blocks: Sequence[Sequence[Tensor | None]], num_heads: int, eps: float,
+                   dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """`encoder` as a function of x alone, contiguous (B, N, C) of this dtype, with copies of the parameters as they are.
+
+    Arguments and errors are those of `encoder`; BackendError where C++ cannot serve. Without a block it is a copy.
+    """
+    parameters = [tensor for tensors in blocks for tensor in tensors]
+    if not parameters:
+        return Tensor.clone
+    x = torch.empty((1, 1, parameters[0].shape[0]), dtype=dtype)
+    _check(x, blocks, num_heads, eps)
+    OP.select("cpu", x, parameters, num_heads, eps)  # or raise
+    return _modules["cpu"].Frozen(dtype, parameters, num_heads, eps)
+
+
+def _check(x: Tensor, blocks: Sequence[Sequence[Tensor | None]], num_heads: int, eps: float) -> None:
+    check_stream(OP.name, x, num_heads, eps)
+    for index, tensors in enumerate(blocks):
+        check(len(tensors) == 12, OP.name, f"block {index} must have 12 parameters, got {len(tensors)}")
+        check_parameters(f"{OP.name}: block {index}", x, tensors)
 
 
 def _computed(backend: str, blocks: Sequence[Sequence[Tensor | None]], call: tuple) -> Tensor:

@@ -14,7 +14,7 @@ from types import ModuleType
 
 import torch  # noqa: F401  (first, for its OpenMP library)
 
-INTERFACE = 4  # of csrc/cpu/bindings.cpp, as the launchers know it
+INTERFACE = 5  # of csrc/cpu/bindings.cpp, as the launchers know it
 ISAS = ("amx", "avx512bf16", "avx512", "avx2", "generic")
 
 

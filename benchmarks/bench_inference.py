@@ -1,7 +1,7 @@
 """Logits of the report's DeiT from one image and from 64: ours, ours frozen, plain PyTorch, timm's model.
 
 All have the same weights, and beside the time stands, in `extra_info`, the largest distance of the logits from those
-that `reference` computes in fp64. Under torch.compile, and beside ONNX Runtime and OpenVINO: `compare.py --parts infer`.
+that `reference` computes in fp64. torch.compile, ONNX Runtime and OpenVINO stand beside them in `compare.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ MODEL = "deit_nano_distilled_patch4_32"
 def timm_model(ours: VisionTransformer) -> torch.nn.Module:
     """timm's model with our weights."""
     deit = pytest.importorskip("timm.models.deit", reason="timm is the peer: pip install -e '.[bench]'")
-    model = deit.VisionTransformerDistilled(img_size=32, patch_size=4, embed_dim=64, depth=7, num_heads=8, num_classes=10)
+    model = deit.VisionTransformerDistilled(img_size=32, patch_size=4, embed_dim=64, depth=7, num_heads=8,
+                                            num_classes=10)
     model.load_state_dict(ours.state_dict())
     return model.eval()
 

@@ -7,15 +7,15 @@ import threading
 
 import pytest
 import torch
+from needs import needs_cpu
+from oracle import assert_within_budget
+from test_encoder_block import stack
 from torch import Tensor, nn
 
 from deit_fast import BackendError, create_model, freeze, ops, use_backend
 from deit_fast.kernels import cpu
 from deit_fast.models import VisionTransformer
 from deit_fast.ops.encoder import freeze_encoder
-from needs import needs_cpu
-from oracle import assert_within_budget
-from test_encoder_block import stack
 
 pytestmark = needs_cpu
 

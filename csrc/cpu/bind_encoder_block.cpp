@@ -1,5 +1,5 @@
-// Python's view of an encoder block, an object for a call as of the GEMM ops, and of an encoder, its blocks one after the
-// other, which may serve many calls.
+// Python's view of an encoder block, an object for a call as of the GEMM ops, and of an encoder, its blocks one after
+// the other, which may serve many calls.
 #include "bind.h"
 #include "encoder_block.h"
 
@@ -38,7 +38,7 @@ EncoderBlock make_block(const Sizes& s, long F, void* x, const ParamArg* p, cons
         x, at(saved[5]), at(saved[6]), at(saved[7])};
 }
 
-// All blocks, for inference, with whatever batch comes: parameters (12 for each block) and widths stay from call to call.
+// All blocks, for inference, of any batch: parameters (12 for each block) and widths stay from call to call.
 struct Encoder {
     bool is_bf16;
     long C, H;
@@ -47,7 +47,8 @@ struct Encoder {
     std::vector<long> features;  // a block's hidden ones
 
     EncoderBlock block(size_t i, long B, long N, int threads, void* x) const {
-        return make_block({is_bf16, B, N, C, H, eps, threads}, features[i], x, &parameters.at(12 * i + 11) - 11, {}, {});
+        const ParamArg* first = &parameters.at(12 * i + 11) - 11;
+        return make_block({is_bf16, B, N, C, H, eps, threads}, features[i], x, first, {}, {});
     }
     long workspace(long B, long N, int threads) const {
         long most = 0;

@@ -52,7 +52,7 @@ class FrozenVisionTransformer:
         position = _copy(model.pos_embed)[0]  # (N, C)
         self.patch_weight = _copy(embed.proj.weight).flatten(1)  # (C, in_chans patch^2)
         self.prefix = torch.cat([_copy(token)[0] for token in tokens]) + position[:P]  # (P, C)
-        self.patch_bias = position[P:] if embed.proj.bias is None else position[P:] + _copy(embed.proj.bias)  # (N - P, C)
+        self.patch_bias = position[P:] + _copy(embed.proj.bias)  # (N - P, C)
         self.encoder = freeze_encoder([block.tensors() for block in blocks], blocks[0].attn.num_heads, blocks[0].eps,
                                       dtype)
         self.norm_weight, self.norm_bias = _copy(model.norm.weight), _copy(model.norm.bias)

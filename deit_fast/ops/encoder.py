@@ -64,7 +64,7 @@ def encoder(x: Tensor, blocks: Sequence[Sequence[Tensor | None]], num_heads: int
 
 def freeze_encoder(blocks: Sequence[Sequence[Tensor | None]], num_heads: int, eps: float,
                    dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """`encoder` as a function of x alone, contiguous (B, N, C) of this dtype, with copies of the parameters as they are.
+    """`encoder` as a function of x alone, contiguous (B, N, C) of this dtype, with the parameters as they are now.
 
     Arguments and errors are those of `encoder`; BackendError where C++ cannot serve. Without a block it is a copy.
     """

@@ -63,6 +63,13 @@ def test_its_logits(settings: dict, dtype: torch.dtype) -> None:
         assert_within_budget("logits", logits, truth, evaluated(model, images, dtype == torch.bfloat16).float())
 
 
+def test_without_biases() -> None:
+    model, images = fresh(), torch.randn(2, 3, 32, 32)
+    model.patch_embed.proj.bias = model.head.bias = model.blocks[1].mlp.fc1.bias = None
+    truth = evaluated(copy.deepcopy(model).double(), images.double())
+    assert_within_budget("logits", freeze(model)(images), truth, evaluated(model, images))
+
+
 def test_a_bf16_model_is_frozen_in_bf16() -> None:
     model = fresh().bfloat16()
     assert freeze(model).dtype == torch.bfloat16 and freeze(fresh()).dtype == torch.float32

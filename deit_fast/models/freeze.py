@@ -52,14 +52,14 @@ class FrozenVisionTransformer:
         position = _copy(model.pos_embed)[0]  # (N, C)
         self.patch_weight = _copy(embed.proj.weight).flatten(1)  # (C, in_chans patch^2)
         self.prefix = torch.cat([_copy(token)[0] for token in tokens]) + position[:P]  # (P, C)
-        self.patch_bias = position[P:] + _copy(embed.proj.bias)  # (N - P, C)
+        self.patch_bias = position[P:] + _bias(embed.proj)  # (N - P, C)
         self.encoder = freeze_encoder([block.tensors() for block in blocks], blocks[0].attn.num_heads, blocks[0].eps,
                                       dtype)
         self.norm_weight, self.norm_bias = _copy(model.norm.weight), _copy(model.norm.bias)
         if self.num_classes:
             heads = [model.head, model.head_dist] if model.two_heads else [model.head]
             self.head_weight = torch.cat([_copy(head.weight) for head in heads], 1) / P  # (K, P C): the logits' mean
-            self.head_bias = torch.stack([_copy(head.bias) for head in heads]).mean(0)
+            self.head_bias = torch.stack([_bias(head) for head in heads]).mean(0)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -88,6 +88,10 @@ class FrozenVisionTransformer:
 
 def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().float().clone()
+
+
+def _bias(layer: nn.Linear | nn.Conv2d) -> Tensor:
+    return torch.zeros(layer.weight.shape[0]) if layer.bias is None else _copy(layer.bias)
 
 
 def _obstacle(model: VisionTransformer) -> str | None:

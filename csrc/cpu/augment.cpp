@@ -1,10 +1,10 @@
 // Augmentation of a batch on the CPU: crop, flip, color, normalise, erase, mix, and the targets.
 //
 // A thread takes one image at a time. Its uint8 pixels are gathered into a planar tile (augment_tile.h), changed there
-// in place (contrast needs the whole image's mean), and turned into floats strip by strip: strips of about a thousand
-// pixels keep everything after the tile in the first-level cache at any image size. An image and its mixing partner are
-// prepared together and, when they are each other's partners (MixUp's reversed batch), written together, so that no
-// image is prepared twice.
+// in place (contrast needs the whole image's mean), and turned into floats where they are written. Images with erased
+// boxes become floats before that, in strips of about a thousand pixels, which stay in the first-level cache at any
+// image size. An image and its mixing partner are prepared together and, when they are each other's partners (MixUp's
+// reversed batch), written together, so that no image is prepared twice.
 #include "augment.h"
 
 #include <omp.h>
@@ -73,52 +73,82 @@ struct Float16 {
     static AUGMENT_FN uint16_t from(float x) { return to_float16(x); }
 };
 
-// Writes n pixels from pixel `from` of image i; value(c, p) is channel c of the strip's pixel p.
-template <class D, class Value>
-AUGMENT_FN void store(const Args& a, int64_t i, int64_t from, int64_t n, Value value) {
+// Pixels ready to be mixed: channel(c)(p) is channel c of pixel p, normalised.
+struct Floats {  // a strip that load_strip filled
+    const float* strip;
+    int64_t plane;
+
+    AUGMENT_FN auto channel(int c) const {
+        return [row = strip + c * plane](int64_t p) { return row[p]; };
+    }
+};
+struct Bytes {  // those of a tile, normalised on their way
+    const uint8_t* tile;
+    int64_t area;
+    const float *scale, *bias;
+
+    AUGMENT_FN auto channel(int c) const {
+        return [row = tile + c * area, scale = scale[c], bias = bias[c]](int64_t p) {
+            return normalise(row[p], scale, bias);
+        };
+    }
+};
+
+// Writes n pixels from pixel `from` of image i; channel(c)(p) is channel c of the p-th of them.
+template <class D, class Channel>
+AUGMENT_FN void store(const Args& a, int64_t i, int64_t from, int64_t n, Channel channel) {
     using T = typename D::type;
     const int64_t area = int64_t(a.height) * a.width;
     if (a.channels_last) {
         T* __restrict dst = static_cast<T*>(a.out) + 3 * (i * area + from);
+        const auto red = channel(0), green = channel(1), blue = channel(2);
 #pragma omp simd
         for (int64_t p = 0; p < n; ++p) {
-            dst[3 * p] = D::from(value(0, p));
-            dst[3 * p + 1] = D::from(value(1, p));
-            dst[3 * p + 2] = D::from(value(2, p));
+            dst[3 * p] = D::from(red(p));
+            dst[3 * p + 1] = D::from(green(p));
+            dst[3 * p + 2] = D::from(blue(p));
         }
         return;
     }
     for (int c = 0; c < 3; ++c) {
         T* __restrict dst = static_cast<T*>(a.out) + (3 * i + c) * area + from;
+        const auto value = channel(c);
 #pragma omp simd
-        for (int64_t p = 0; p < n; ++p) dst[p] = D::from(value(c, p));
+        for (int64_t p = 0; p < n; ++p) dst[p] = D::from(value(p));
     }
 }
 
 bool mixes(const Args& a, int64_t i) { return a.lam[i] != 1.0f || has_area(a.cut + 4 * i); }
 
-// Rows [y0, y1) of output i from its own strip and, when it mixes, its partner's.
-template <class D>
-void write_strip(const Args& a, int64_t i, const float* own, const float* other, int32_t y0, int32_t y1) {
-    const int64_t W = a.width, n = (y1 - y0) * W, from = y0 * W, plane = strip_plane(W);
+// Rows [y0, y1) of output i from its own pixels and, when it mixes, its partner's; both begin at row y0.
+template <class D, class Pixels>
+void write_rows(const Args& a, int64_t i, Pixels own, Pixels other, int32_t y0, int32_t y1) {
+    const int64_t W = a.width, n = (y1 - y0) * W, from = y0 * W;
     const int32_t* cut = a.cut + 4 * i;
     const float lam = a.lam[i];
     if (mixes(a, i) && !has_area(cut)) {
-        store<D>(a, i, from, n, [=](int c, int64_t p) { return mix(own[c * plane + p], other[c * plane + p], lam); });
+        store<D>(a, i, from, n, [=](int c) {
+            return [own = own.channel(c), other = other.channel(c), lam](int64_t p) {
+                return mix(own(p), other(p), lam);
+            };
+        });
         return;
     }
-    store<D>(a, i, from, n, [=](int c, int64_t p) { return own[c * plane + p]; });
+    store<D>(a, i, from, n, [=](int c) { return own.channel(c); });
     if (!mixes(a, i)) return;
     for (int32_t y = std::max(y0, cut[0]); y < std::min(y1, cut[0] + cut[2]); ++y) {
         const int64_t at = (y - y0) * W + cut[1];
-        store<D>(a, i, from + at, cut[3], [=](int c, int64_t p) { return other[c * plane + at + p]; });
+        store<D>(a, i, from + at, cut[3], [=](int c) {
+            return [other = other.channel(c), at](int64_t p) { return other(at + p); };
+        });
     }
 }
 
-void write_strip(const Args& a, int64_t i, const float* own, const float* other, int32_t y0, int32_t y1) {
-    if (a.dtype == kFloat32) write_strip<Float32>(a, i, own, other, y0, y1);
-    if (a.dtype == kBFloat16) write_strip<BFloat16>(a, i, own, other, y0, y1);
-    if (a.dtype == kFloat16) write_strip<Float16>(a, i, own, other, y0, y1);
+template <class Pixels>
+void write_rows(const Args& a, int64_t i, Pixels own, Pixels other, int32_t y0, int32_t y1) {
+    if (a.dtype == kFloat32) write_rows<Float32>(a, i, own, other, y0, y1);
+    if (a.dtype == kBFloat16) write_rows<BFloat16>(a, i, own, other, y0, y1);
+    if (a.dtype == kFloat16) write_rows<Float16>(a, i, own, other, y0, y1);
 }
 
 // ---- one image, with its partner where they can be written together ----
@@ -132,6 +162,12 @@ void write_targets(const Args& a, int64_t i) {
     if (own != other) row[other] = mix(a.off, a.on, lam);
 }
 
+bool erases(const Args& a, int64_t i) {
+    for (int64_t r = 0; r < a.R; ++r)
+        if (has_area(a.erase + 4 * (a.R * i + r))) return true;
+    return false;
+}
+
 void augment_image(const Args& a, int64_t i, char* workspace) {
     const int64_t j = a.partner[i];
     const bool together = a.partner[j] == i && i != j && (mixes(a, i) || mixes(a, j));
@@ -143,13 +179,21 @@ void augment_image(const Args& a, int64_t i, char* workspace) {
     char* scratch = reinterpret_cast<char*>(other) + strip_bytes(a.width);
     load_tile(a, i, own_tile, scratch);
     if (needs_other) load_tile(a, j, other_tile, scratch);
+    if (!erases(a, i) && !(needs_other && erases(a, j))) {
+        const int64_t area = int64_t(a.height) * a.width;
+        const Bytes mine{own_tile, area, a.scale, a.bias}, theirs{other_tile, area, a.scale, a.bias};
+        write_rows(a, i, mine, theirs, 0, a.height);
+        if (together) write_rows(a, j, theirs, mine, 0, a.height);
+        return;
+    }
+    const Floats mine{own, strip_plane(a.width)}, theirs{other, strip_plane(a.width)};
     const int32_t rows = int32_t(strip_pixels(a.width) / a.width);
     for (int32_t y0 = 0; y0 < a.height; y0 += rows) {
         const int32_t y1 = std::min(y0 + rows, a.height);
         load_strip(a, i, own_tile, y0, y1, own);
         if (needs_other) load_strip(a, j, other_tile, y0, y1, other);
-        write_strip(a, i, own, other, y0, y1);
-        if (together) write_strip(a, j, other, own, y0, y1);
+        write_rows(a, i, mine, theirs, y0, y1);
+        if (together) write_rows(a, j, theirs, mine, y0, y1);
     }
 }
 

@@ -11,17 +11,16 @@ using namespace augment;
 
 constexpr int64_t kStrip = 1024;  // pixels; 2 images x 3 channels x 4 bytes = 24 KiB of a 32 or 48 KiB cache
 
-// Rows are short: a call of memcpy would cost more than the copy.
-void copy_row(uint8_t* dst, const uint8_t* src, int32_t n) {
-    for (; n >= 32; n -= 32, dst += 32, src += 32) memcpy(dst, src, 32);
-    for (int32_t x = 0; x < n; ++x) dst[x] = src[x];
-}
-
-void copy_row_reversed(uint8_t* dst, const uint8_t* src, int32_t n) {
-    int32_t x = 0;
-    for (; x + 32 <= n; x += 32)
-        for (int k = 0; k < 32; ++k) dst[x + k] = src[n - 1 - x - k];
-    for (; x < n; ++x) dst[x] = src[n - 1 - x];
+// Rows of n pixels of a plane, each reversed where FLIP. Rows are short: a call for each would cost more than its copy.
+template <bool FLIP>
+void copy_rows(uint8_t* __restrict dst, int64_t dst_step, const uint8_t* __restrict src, int64_t src_step, int32_t rows,
+               int32_t n) {
+    for (; rows > 0; --rows, dst += dst_step, src += src_step) {
+        int32_t x = 0;
+        for (; x + 32 <= n; x += 32)
+            for (int k = 0; k < 32; ++k) dst[x + k] = src[FLIP ? n - 1 - x - k : x + k];
+        for (; x < n; ++x) dst[x] = src[FLIP ? n - 1 - x : x];
+    }
 }
 
 // Pixels (y, first_x), ..., (y, last_x - 1) of a crop at (y0, x0), whose source row is source_y.
@@ -32,7 +31,8 @@ AUGMENT_FN void load_row(const Args& a, const uint8_t* image, uint8_t* tile, int
     const uint8_t* src = image + source_y * a.stride_y + (first_x + x0) * a.stride_x;
     uint8_t* dst = tile + int64_t(y) * a.width + start;
     if (a.stride_x == 1) {
-        for (int c = 0; c < 3; ++c) (flip ? copy_row_reversed : copy_row)(dst + c * area, src + c * a.stride_c, n);
+        for (int c = 0; c < 3; ++c)
+            (flip ? copy_rows<true> : copy_rows<false>)(dst + c * area, 0, src + c * a.stride_c, 0, 1, n);
         return;
     }
     const int64_t step = flip ? -a.stride_x : a.stride_x;
@@ -74,6 +74,14 @@ void crop_tile(const Args& a, int64_t i, uint8_t* tile) {
         for (int c = 0; c < 3; ++c)
             memcpy(tile + c * area + int64_t(first_y) * W, image + c * a.stride_c + int64_t(first_y + y0) * W,
                    int64_t(last_y - first_y) * W);
+        return;
+    }
+    if (a.stride_x == 1 && !a.reflect) {
+        const uint8_t* src = image + int64_t(first_y + y0) * a.stride_y + first_x + x0;
+        uint8_t* dst = tile + int64_t(vflip ? H - 1 - first_y : first_y) * W + (flip ? W - last_x : first_x);
+        const auto copy = flip ? copy_rows<true> : copy_rows<false>;
+        for (int c = 0; c < 3; ++c)
+            copy(dst + c * area, vflip ? -W : W, src + c * a.stride_c, a.stride_y, last_y - first_y, last_x - first_x);
         return;
     }
     const int32_t from = a.reflect ? 0 : first_y, to = a.reflect ? H : last_y;

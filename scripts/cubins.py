@@ -75,6 +75,8 @@ def block_calls(preset: str, dtype: str, batch: int = 64) -> dict[str, tuple]:
         "attention": (x(batch, N, 3 * C), H, None, 0.0, None),
         "linear_residual": (x(batch, N, C), w(C, C), w(C), x(batch, N, C), p, seed, None),
         "layernorm_mlp": (x(batch, N, C), w(C), w(C), w(4 * C, C), w(4 * C), w(C, 4 * C), w(C), 1e-6, p, seed, None),
+        "encoder_block": (x(batch, N, C), w(C), w(C), w(3 * C, C), w(3 * C), w(C, C), w(C), w(C), w(C), w(4 * C, C),
+                          w(4 * C), w(C, 4 * C), w(C), H, 1e-6, p, 0.0, seed, None, None),
         "distillation_loss": (x(batch, K), x(batch, K), _meta(torch.int64, batch), x(batch, K), "soft", 0.5, 3.0,
                               "batchmean", 0.0),
     }

@@ -39,11 +39,32 @@ def _store(ptr, rows, value, ROW: tl.constexpr, N: tl.constexpr, D: tl.constexpr
 
 
 @triton.jit
-def _keep(seed_ptr, head, rows, first, N: tl.constexpr, BN: tl.constexpr, THRESHOLD: tl.constexpr,
-          KEEP_SCALE: tl.constexpr):
-    """Dropout's factors of a tile of P (BM, BN): 0 or KEEP_SCALE; `head` is b H + h."""
-    keep = keep_tile(seed_ptr, head * N + rows, first, N, BN, SITE, THRESHOLD)
+def _keep(seed_ptr, rows, first, N: tl.constexpr, BN: tl.constexpr, THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr):
+    """Dropout's factors of a tile of P (BM, BN), 0 or KEEP_SCALE; rows: (BM,) of P as (B H N, N)."""
+    keep = keep_tile(seed_ptr, rows, first, N, BN, SITE, THRESHOLD)
     return tl.where(keep, KEEP_SCALE, 0.0)
+
+
+@triton.jit
+def softmax_step(q, k, v, best, total, acc, scale, seed_ptr, rows, first, N: tl.constexpr, MASKED: tl.constexpr,
+                 THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr, PRECISION: tl.constexpr):
+    """The online softmax's (best, total, acc) after the BN keys from `first`; of one head, or of several at once.
+
+    q: ([heads,] BM, BLOCK_D); k: ([heads,] BN, BLOCK_D); v: ([heads,] BN, BLOCK_V); best, total: ([heads,] BM);
+    acc: ([heads,] BM, BLOCK_V); rows: ([heads *] BM,) rows of P as (B H N, N).
+    """
+    BN: tl.constexpr = k.shape[-2]
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # ([heads,] BM, BN)
+    if MASKED:
+        s = tl.where(first + tl.arange(0, BN) < N, s, float("-inf"))
+    highest = tl.maximum(best, tl.max(s, -1))
+    p = tl.exp2(s - tl.expand_dims(highest, -1))
+    shrink = tl.exp2(best - highest)
+    total = total * shrink + tl.sum(p, -1)
+    if THRESHOLD > 0:
+        p *= tl.reshape(_keep(seed_ptr, rows, first, N, BN, THRESHOLD, KEEP_SCALE), p.shape)
+    acc = tl.dot(p.to(v.dtype), v, acc * tl.expand_dims(shrink, -1), input_precision=PRECISION)
+    return highest, total, acc
 
 
 @triton.jit
@@ -54,17 +75,8 @@ def _attend(q, k_ptr, v_ptr, best, total, acc, scale, seed_ptr, head, rows, firs
     keys = first + tl.arange(0, BN)
     k = _load(k_ptr, keys, ROW, N, D, BLOCK_D, MASKED)  # (BN, BLOCK_D)
     v = _load(v_ptr, keys, ROW, N, D, BLOCK_V, MASKED)  # (BN, BLOCK_V)
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # (BM, BN)
-    if MASKED:
-        s = tl.where((keys < N)[None, :], s, float("-inf"))
-    highest = tl.maximum(best, tl.max(s, 1))
-    p = tl.exp2(s - highest[:, None])
-    shrink = tl.exp2(best - highest)
-    total = total * shrink + tl.sum(p, 1)
-    if THRESHOLD > 0:
-        p *= _keep(seed_ptr, head, rows, first, N, BN, THRESHOLD, KEEP_SCALE)
-    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
-    return highest, total, acc
+    return softmax_step(q, k, v, best, total, acc, scale, seed_ptr, head * N + rows, first, N, MASKED, THRESHOLD,
+                        KEEP_SCALE, PRECISION)
 
 
 @triton.jit
@@ -108,7 +120,7 @@ def _probabilities(q, do, k, v, lse, scale, seed_ptr, head, rows, first, N: tl.c
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     kept = p
     if THRESHOLD > 0:
-        keep = _keep(seed_ptr, head, rows, first, N, BN, THRESHOLD, KEEP_SCALE)
+        keep = _keep(seed_ptr, head * N + rows, first, N, BN, THRESHOLD, KEEP_SCALE)
         kept = p * keep
         dp *= keep
     return p, kept, dp

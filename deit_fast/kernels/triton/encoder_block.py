@@ -1,9 +1,97 @@
-"""Triton encoder block: its four kernels one after the other."""
+"""Triton encoder block: for widths C <= 128 one forward kernel, wider or longer its four kernels one after the other.
+
+The one kernel has not run on a GPU: it is tested in Triton's interpreter and compiled, never timed. Whether it beats the
+four is what `benchmarks/gpu/op_speeds.py` measures; `use_backend("triton", encoder_block="reference")` takes the four.
+
+It saves what the four save, so backward is theirs.
+"""
 
 from __future__ import annotations
 
-from ..encoder_block import Chain
+from dataclasses import asdict, dataclass
+
+from torch import Tensor
+
+from ..encoder_block import Arguments, Chain
 from . import attention, layernorm_linear, layernorm_mlp, linear_residual
+from .attention import LOG2E, split_keys
+from .block_kernels import encoder_block_fwd_kernel
+from .common import cdiv, contiguous, dot_precision, dropout_arguments, launch, power_of_two, refusal
+from .linear import PROGRAMS, fused
+
+OP = "encoder_block"
+WIDEST, LONGEST = 128, 256  # C and N of the one kernel
 
 _chain = Chain(layernorm_linear, attention, linear_residual, layernorm_mlp)
-why_not, forward, saved_like, backward = _chain.why_not, _chain.forward, _chain.saved_like, _chain.backward
+saved_like, backward = _chain.saved_like, _chain.backward
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """What one program takes at a time.
+
+    BLOCK_R rows in LN1's product, BLOCK_M rows in all that follows; BLOCK_N keys, N = FULL + up to TAIL; BLOCK_H heads of
+    BLOCK_D channels in Q K^T and BLOCK_V in P V; BLOCK_F features of both MLPs' products; BLOCK_C padded channels.
+    """
+
+    BLOCK_R: int
+    BLOCK_M: int
+    BLOCK_N: int
+    FULL: int
+    TAIL: int
+    BLOCK_H: int
+    BLOCK_D: int
+    BLOCK_V: int
+    BLOCK_F: int
+    BLOCK_C: int
+    num_warps: int
+
+
+def tiles(N: int, C: int, H: int, F: int, itemsize: int) -> Tiles:
+    """Tiles for N tokens of C channels in H heads, F hidden features and elements of `itemsize` bytes."""
+    D = C // H
+    BLOCK_H = min(8, power_of_two(H, 1))
+    BLOCK_N = min(64 if D <= 32 else 32, 1 << (max(N, 16).bit_length() - 1))
+    return Tiles(min(128 if itemsize == 2 else 32, power_of_two(N)), 16, BLOCK_N, *split_keys(N, BLOCK_N), BLOCK_H,
+                 power_of_two(D), power_of_two(D, max(8, 16 // BLOCK_H)), min(64 if itemsize == 2 else 32, power_of_two(F)),
+                 power_of_two(C), 8 if BLOCK_H == 8 else 4)
+
+
+def shares(B: int, row_tiles: int) -> int:
+    """How many programs share an image: as long as all programs find room on an H100 at once, by shape alone."""
+    most = max(1, min(row_tiles, PROGRAMS // max(1, B)))
+    return cdiv(row_tiles, cdiv(row_tiles, most))
+
+
+def is_whole(x: Tensor) -> bool:
+    """Whether the one kernel serves a stream x (B, N, C): what its backward needs is what the four kernels keep."""
+    return x.shape[2] <= WIDEST and x.shape[1] <= LONGEST and fused(x, x.shape[2])
+
+
+def why_not(*call: object) -> str | None:
+    """Why this call cannot be served, or None."""
+    a = Arguments(*call)
+    return _chain.why_not(*call) or (refusal(OP, a.x) if is_whole(a.x) else None)
+
+
+def forward(*call: object, save: bool) -> tuple[Tensor, list[Tensor]]:
+    """(out (B, N, C), [qkv, y, h, then what the four save])."""
+    a = Arguments(*call)
+    if not is_whole(a.x):
+        return _chain.forward(*call, save=save)
+    B, N, C = a.x.shape
+    H, F = a.num_heads, a.fc1_weight.shape[0]
+    qkv, y, h, lse = saved = saved_like(*a) if save else [a.x.new_empty((B, N, 3 * C)), None, None, None]
+    tensors = {f"{name}_ptr": tensor for name, tensor in zip(Arguments._fields, contiguous(*a[:13]))}
+    out = a.x.new_empty(a.x.shape)
+    tile = tiles(N, C, H, F, a.x.element_size())
+    per_image = shares(B, cdiv(N, tile.BLOCK_M))
+    attn_row_scale, mlp_row_scale = contiguous(a.attn_row_scale, a.mlp_row_scale)
+    attn_dropout = dropout_arguments(a.attn_dropout_p, a.seed)
+    dropout = dropout_arguments(a.dropout_p, a.seed)
+    launch(OP, encoder_block_fwd_kernel, B * per_image, a.x, **tensors, out_ptr=out, qkv_ptr=qkv, y_ptr=y, h_ptr=h,
+           lse_ptr=lse, attn_row_scale_ptr=attn_row_scale, mlp_row_scale_ptr=mlp_row_scale, shares=per_image,
+           scale=(C // H)**-0.5 * LOG2E, eps=a.eps, N=N, H=H, D=C // H, F=F, PRECISION=dot_precision(a.x), num_stages=2,
+           **asdict(tile), ATTN_THRESHOLD=attn_dropout["THRESHOLD"], ATTN_KEEP_SCALE=attn_dropout["KEEP_SCALE"],
+           **{**dropout, "seed_ptr": a.seed if dropout["THRESHOLD"] or attn_dropout["THRESHOLD"] else None})
+    return out, saved if save else []

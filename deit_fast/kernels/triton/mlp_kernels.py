@@ -26,27 +26,36 @@ HIDDEN = tl.constexpr(SITE_MLP_HIDDEN)
 OUTPUT = tl.constexpr(SITE_MLP_OUTPUT)
 
 
+@triton.jit
+def mlp(h, fc1_weight_ptr, fc1_bias_ptr, fc2_weight_ptr, fc2_bias_ptr, seed_ptr, row_scale_ptr, rows, rows_per_sample,
+        M, C: tl.constexpr, F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
+        THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr, PRECISION: tl.constexpr):
+    """row_scale dropout3 y (BM, BLOCK_C) in fp32 of h (BM, BLOCK_C): the branch that the residual is added to."""
+    cols = tl.arange(0, BLOCK_C)
+    y = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    for first in range(0, F, BLOCK_F):
+        features = first + tl.arange(0, BLOCK_F)
+        w1 = load(fc1_weight_ptr, features, cols, F, C).to(h.dtype)  # (BLOCK_F, BLOCK_C)
+        z = tl.dot(h, tl.trans(w1), input_precision=PRECISION) + load_vector(fc1_bias_ptr, features, F)[None, :]
+        a = branch(gelu(z), seed_ptr, None, rows, 1, first, M, F, BLOCK_F, HIDDEN, THRESHOLD, KEEP_SCALE)
+        w2 = load(fc2_weight_ptr, cols, features, C, F).to(h.dtype)  # (BLOCK_C, BLOCK_F)
+        y = tl.dot(a.to(h.dtype), tl.trans(w2), y, input_precision=PRECISION)
+    y += load_vector(fc2_bias_ptr, cols, C)[None, :]
+    return branch(y, seed_ptr, row_scale_ptr, rows, rows_per_sample, 0, M, C, BLOCK_C, OUTPUT, THRESHOLD, KEEP_SCALE)
+
+
 @triton.jit(do_not_specialize=["M", "rows_per_sample"])
 def layernorm_mlp_fwd_kernel(x_ptr, ln_weight_ptr, ln_bias_ptr, fc1_weight_ptr, fc1_bias_ptr, fc2_weight_ptr,
                              fc2_bias_ptr, out_ptr, seed_ptr, row_scale_ptr, M, rows_per_sample, eps, C: tl.constexpr,
                              F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
                              THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr, PRECISION: tl.constexpr):
     """out (M, C); one program per BLOCK_M rows, which walks over F."""
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
     rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     cols = tl.arange(0, BLOCK_C)
     mean, rstd = row_statistics(x_ptr, rows, M, eps, C, BLOCK_C)
-    h = affine(normalise(x_ptr, rows, cols, mean, rstd, M, C), ln_weight_ptr, ln_bias_ptr, cols, C).to(dtype)
-    y = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-    for first in range(0, F, BLOCK_F):
-        features = first + tl.arange(0, BLOCK_F)
-        w1 = load(fc1_weight_ptr, features, cols, F, C).to(dtype)  # (BLOCK_F, BLOCK_C)
-        z = tl.dot(h, tl.trans(w1), input_precision=PRECISION) + load_vector(fc1_bias_ptr, features, F)[None, :]
-        a = branch(gelu(z), seed_ptr, None, rows, 1, first, M, F, BLOCK_F, HIDDEN, THRESHOLD, KEEP_SCALE)
-        w2 = load(fc2_weight_ptr, cols, features, C, F).to(dtype)  # (BLOCK_C, BLOCK_F)
-        y = tl.dot(a.to(dtype), tl.trans(w2), y, input_precision=PRECISION)
-    y += load_vector(fc2_bias_ptr, cols, C)[None, :]
-    y = branch(y, seed_ptr, row_scale_ptr, rows, rows_per_sample, 0, M, C, BLOCK_C, OUTPUT, THRESHOLD, KEEP_SCALE)
+    h = affine(normalise(x_ptr, rows, cols, mean, rstd, M, C), ln_weight_ptr, ln_bias_ptr, cols, C)
+    y = mlp(h.to(x_ptr.dtype.element_ty), fc1_weight_ptr, fc1_bias_ptr, fc2_weight_ptr, fc2_bias_ptr, seed_ptr,
+            row_scale_ptr, rows, rows_per_sample, M, C, F, BLOCK_M, BLOCK_F, BLOCK_C, THRESHOLD, KEEP_SCALE, PRECISION)
     store(out_ptr, rows, cols, load(x_ptr, rows, cols, M, C).to(tl.float32) + y, M, C)
 
 

@@ -38,9 +38,14 @@ def load_vector(ptr, cols, WIDTH: tl.constexpr):
 
 @triton.jit
 def row_statistics(x_ptr, rows, M, eps, C: tl.constexpr, BLOCK_C: tl.constexpr):
-    """(mean, 1 / standard deviation) (BM,) of rows of x (M, C): two passes over registers, exact for a large mean."""
+    """(mean, 1 / standard deviation) (BM,) of rows of x (M, C)."""
     cols = tl.arange(0, BLOCK_C)
-    x = load(x_ptr, rows, cols, M, C).to(tl.float32)  # (BM, BLOCK_C)
+    return statistics(load(x_ptr, rows, cols, M, C).to(tl.float32), cols, eps, C)
+
+
+@triton.jit
+def statistics(x, cols, eps, C: tl.constexpr):
+    """The same of whole rows x (BM, BLOCK_C) in registers, fp32, zero beyond C: two passes, exact for a large mean."""
     mean = tl.sum(x, 1) / C
     centred = tl.where((cols < C)[None, :], x - mean[:, None], 0.0)
     return mean, 1.0 / tl.sqrt_rn(tl.sum(centred * centred, 1) / C + eps)
@@ -58,6 +63,14 @@ def normalise(x_ptr, rows, cols, mean, rstd, M, C: tl.constexpr):
 def affine(xhat, weight_ptr, bias_ptr, cols, C: tl.constexpr):
     """LayerNorm's affine of a normalised tile (BM, BLOCK)."""
     return xhat * load_vector(weight_ptr, cols, C)[None, :] + load_vector(bias_ptr, cols, C)[None, :]
+
+
+@triton.jit
+def layer_norm(x, weight_ptr, bias_ptr, cols, eps, C: tl.constexpr):
+    """LN(x) of whole rows x (BM, BLOCK_C) in registers, fp32, zero beyond C."""
+    mean, rstd = statistics(x, cols, eps, C)
+    xhat = tl.where((cols < C)[None, :], (x - mean[:, None]) * rstd[:, None], 0.0)
+    return affine(xhat, weight_ptr, bias_ptr, cols, C)
 
 
 @triton.jit

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cases import Maker
-from deit_fast import ops, reference
+from cases import BLOCK, Maker
+from cases import block_inputs as encoder_block_inputs
+from deit_fast import ops, reference, use_backend
 
 from .machine import Machine, Row, forward_backward
 
@@ -40,7 +42,14 @@ def block_inputs(machine: Machine, B: int, N: int, C: int, H: int) -> dict[str, 
         "layernorm_mlp": ({"x": x(C), **layernorm, "fc1_weight": m.parameter(4 * C, C), "fc1_bias": m.parameter(4 * C),
                            "fc2_weight": m.parameter(C, 4 * C), "fc2_bias": m.parameter(C)},
                           ("x", "ln_weight", "ln_bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")),
+        "encoder_block": (encoder_block_inputs(m, B, N, C, H, 4 * C), BLOCK),
     }
+
+
+def four_ops(**inputs: object) -> Tensor:
+    """encoder_block as the four Triton ops: what its own kernel has to beat."""
+    with use_backend("triton", encoder_block="reference"):
+        return ops.encoder_block(**inputs)
 
 
 def op_speeds(machine: Machine) -> Iterator[Row]:
@@ -51,6 +60,8 @@ def op_speeds(machine: Machine) -> Iterator[Row]:
                 plain = getattr(reference, name)
                 contenders = {"triton": partial(getattr(ops, name), backend="triton"), "eager": plain,
                               "compiled": machine.compiled(plain)}
+                if name == "encoder_block":
+                    contenders["four ops"] = four_ops
                 row = {}
                 for who, op in contenders.items():
                     with torch.no_grad():

@@ -38,17 +38,17 @@ def _heads(ptr, heads, tokens, N: tl.constexpr, H: tl.constexpr, D: tl.constexpr
 
 
 @triton.jit
-def _qkv(x_ptr, ln_weight_ptr, ln_bias_ptr, weight_ptr, bias_ptr, qkv_ptr, rows, end, eps, C: tl.constexpr,
-         BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr):
-    """Stores LN(x) W^T + b of one tile of rows."""
+def _qkv(x_ptr, ln_weight_ptr, ln_bias_ptr, weight_ptr, bias_ptr, qkv_ptr, tokens, eps, N: tl.constexpr,
+         C: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr):
+    """Stores LN(x) W^T + b of one tile of an image's tokens."""
     cols = tl.arange(0, BLOCK_C)
-    h = layer_norm(load(x_ptr, rows, cols, end, C).to(tl.float32), ln_weight_ptr, ln_bias_ptr, cols, eps, C)
+    h = layer_norm(load(x_ptr, tokens, cols, N, C).to(tl.float32), ln_weight_ptr, ln_bias_ptr, cols, eps, C)
     h = h.to(x_ptr.dtype.element_ty)  # (BLOCK_R, BLOCK_C)
     for first in range(0, 3 * C, BLOCK_F):
         features = first + tl.arange(0, BLOCK_F)
         w = load(weight_ptr, features, cols, 3 * C, C).to(h.dtype)  # (BLOCK_F, BLOCK_C)
         y = tl.dot(h, tl.trans(w), input_precision=PRECISION) + load_vector(bias_ptr, features, 3 * C)[None, :]
-        store(qkv_ptr, rows, features, y, end, 3 * C)
+        store(qkv_ptr, tokens, features, y, N, 3 * C)
 
 
 @triton.jit
@@ -56,13 +56,15 @@ def _attention(qkv_ptr, lse_ptr, seed_ptr, image, heads, tokens, scale, N: tl.co
                D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FULL: tl.constexpr, TAIL: tl.constexpr,
                BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, THRESHOLD: tl.constexpr,
                KEEP_SCALE: tl.constexpr, PRECISION: tl.constexpr):
-    """The output (BLOCK_H, BM, BLOCK_V) of some heads for a tile of queries, fp32; log-sum-exp where it is kept."""
-    q_ptr = qkv_ptr + image * (3 * N * H * D)
-    k_ptr = q_ptr + H * D
+    """The output (BLOCK_H, BM, BLOCK_V) of some heads for a tile of queries, fp32; log-sum-exp where it is kept.
+
+    qkv_ptr: of the image; lse_ptr: of the batch.
+    """
+    k_ptr = qkv_ptr + H * D
     v_ptr = k_ptr + H * D
     rows = ((image * H + heads) * N)[:, None] + tokens[None, :]  # (BLOCK_H, BM) of P as (B H N, N)
     flat = tl.reshape(rows, (BLOCK_H * BLOCK_M,))
-    q = _heads(q_ptr, heads, tokens, N, H, D, BLOCK_D)  # (BLOCK_H, BM, BLOCK_D)
+    q = _heads(qkv_ptr, heads, tokens, N, H, D, BLOCK_D)  # (BLOCK_H, BM, BLOCK_D)
     best = tl.full((BLOCK_H, BLOCK_M), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_H, BLOCK_M), tl.float32)
     acc = tl.zeros((BLOCK_H, BLOCK_M, BLOCK_V), tl.float32)
@@ -101,17 +103,18 @@ def encoder_block_fwd_kernel(x_ptr, ln1_weight_ptr, ln1_bias_ptr, qkv_weight_ptr
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     image = (tl.program_id(0) // shares).to(tl.int64)
     share = tl.program_id(0) % shares
-    end = (image + 1) * N
+    x_ptr += image * N * C  # from here on tokens of this image are counted, in 32 bits
+    out_ptr += image * N * C
+    qkv_ptr += image * N * 3 * C
     for start in range(0, N, BLOCK_R):
-        rows = image * N + start + tl.arange(0, BLOCK_R)
-        _qkv(x_ptr, ln1_weight_ptr, ln1_bias_ptr, qkv_weight_ptr, qkv_bias_ptr, qkv_ptr, rows, end, eps, C, BLOCK_F,
-             BLOCK_C, PRECISION)
+        _qkv(x_ptr, ln1_weight_ptr, ln1_bias_ptr, qkv_weight_ptr, qkv_bias_ptr, qkv_ptr, start + tl.arange(0, BLOCK_R),
+             eps, N, C, BLOCK_F, BLOCK_C, PRECISION)
     tl.debug_barrier()  # qkv of the whole image, stored by these threads, is there for all of them
     cols = tl.arange(0, BLOCK_C)
     column = tl.arange(0, BLOCK_H * BLOCK_V)  # of the heads' outputs side by side
-    for tile in range(share, tl.cdiv(N, BLOCK_M), shares):
+    for tile in tl.range(share, tl.cdiv(N, BLOCK_M), shares, disable_licm=True):
         tokens = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-        rows = image * N + tokens
+        rows = image * N + tokens  # of the batch, which row_scale and dropout count
         h = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
         for first in range(0, H, BLOCK_H):
             y = _attention(qkv_ptr, lse_ptr, seed_ptr, image, first + tl.arange(0, BLOCK_H), tokens, scale, N, H, D,
@@ -122,16 +125,16 @@ def encoder_block_fwd_kernel(x_ptr, ln1_weight_ptr, ln1_bias_ptr, qkv_weight_ptr
             inside = ((head < H) & (d < D))[None, :]
             channel = (head * D + d)[None, :]
             if y_ptr is not None:
-                tl.store(y_ptr + rows[:, None] * C + channel, y, mask=(rows < end)[:, None] & inside)
+                tl.store(y_ptr + image * N * C + tokens[:, None] * C + channel, y, mask=(tokens < N)[:, None] & inside)
             w = tl.load(proj_weight_ptr + cols[:, None] * C + channel, mask=(cols < C)[:, None] & inside, other=0.0)
             h = tl.dot(y, tl.trans(w.to(dtype)), h, input_precision=PRECISION)
         h += load_vector(proj_bias_ptr, cols, C)[None, :]
-        h = branch(h, seed_ptr, attn_row_scale_ptr, rows, N, 0, end, C, BLOCK_C, SITE, THRESHOLD, KEEP_SCALE)
-        h = (load(x_ptr, rows, cols, end, C).to(tl.float32) + h).to(dtype)  # (BM, BLOCK_C)
+        h = branch(h, seed_ptr, attn_row_scale_ptr, rows, N, 0, (image + 1) * N, C, BLOCK_C, SITE, THRESHOLD, KEEP_SCALE)
+        h = (load(x_ptr, tokens, cols, N, C).to(tl.float32) + h).to(dtype)  # (BM, BLOCK_C)
         if h_ptr is not None:
-            store(h_ptr, rows, cols, h, end, C)
+            store(h_ptr + image * N * C, tokens, cols, h, N, C)
         h = h.to(tl.float32)
         y = mlp(layer_norm(h, ln2_weight_ptr, ln2_bias_ptr, cols, eps, C).to(dtype), fc1_weight_ptr, fc1_bias_ptr,
-                fc2_weight_ptr, fc2_bias_ptr, seed_ptr, mlp_row_scale_ptr, rows, N, end, C, F, BLOCK_M, BLOCK_F, BLOCK_C,
-                THRESHOLD, KEEP_SCALE, PRECISION)
-        store(out_ptr, rows, cols, h + y, end, C)
+                fc2_weight_ptr, fc2_bias_ptr, seed_ptr, mlp_row_scale_ptr, rows, N, (image + 1) * N, C, F, BLOCK_M, BLOCK_F,
+                BLOCK_C, THRESHOLD, KEEP_SCALE, PRECISION)
+        store(out_ptr, tokens, cols, h + y, N, C)

@@ -52,7 +52,7 @@ def tiles(N: int, C: int, H: int, F: int, itemsize: int) -> Tiles:
     D = C // H
     BLOCK_H = min(8, power_of_two(H, 1))
     BLOCK_N = min(64 if D <= 32 else 32, 1 << (max(N, 16).bit_length() - 1))
-    return Tiles(min(128 if itemsize == 2 else 32, power_of_two(N)), 16, BLOCK_N, *split_keys(N, BLOCK_N), BLOCK_H,
+    return Tiles(min(64 if itemsize == 2 else 32, power_of_two(N)), 16, BLOCK_N, *split_keys(N, BLOCK_N), BLOCK_H,
                  power_of_two(D), power_of_two(D, max(8, 16 // BLOCK_H)), min(64 if itemsize == 2 else 32, power_of_two(F)),
                  power_of_two(C), 8 if BLOCK_H == 8 else 4)
 

@@ -43,7 +43,8 @@ def table_launches(case: Case) -> list[Launch]:
 def switches(launch: Launch) -> tuple:
     """The kernel and what its code branches on at compile time: absent arguments, flags, dropout."""
     flags = {name: value for name, value in launch.arguments.items() if value is None or isinstance(value, (bool, str))}
-    return launch.kernel.__name__, tuple(sorted(flags.items())), launch.arguments.get("THRESHOLD", 0) > 0
+    dropouts = tuple(launch.arguments.get(name, 0) > 0 for name in ("THRESHOLD", "ATTN_THRESHOLD"))
+    return launch.kernel.__name__, tuple(sorted(flags.items())), dropouts
 
 
 @pytest.mark.parametrize("op", DIFFERENTIABLE)

@@ -11,9 +11,11 @@ from contextlib import redirect_stderr
 
 import torch
 
+from cases import VARIANTS, Maker, block_inputs
 from deit_fast import backend, ops
 from deit_fast.backend import OPS, BackendError
-from deit_fast.kernels.triton import attention, common, layernorm_mlp, linear, rowwise
+from deit_fast.kernels.encoder_block import Arguments
+from deit_fast.kernels.triton import attention, common, encoder_block, layernorm_mlp, linear, rowwise
 from deit_fast.kernels.triton.attention import split_keys
 from deit_fast.reference import block
 from deit_fast.reference.philox import keep_mask
@@ -52,6 +54,36 @@ def mlp_masks() -> None:
             hidden = keep_mask(x.shape, 0.4, seed, block.SITE_MLP_HIDDEN)
             output = keep_mask(x.shape, 0.4, seed, block.SITE_MLP_OUTPUT)
             assert torch.equal(out != 0, hidden & output), (C, seed)
+
+
+def block_call(seed: int, N: int, C: int, H: int, F: int) -> Arguments:
+    """A call of encoder_block on two images with everything: three dropouts, drop-path, biases."""
+    m = Maker(seed, VARIANTS[0], "cpu")
+    scales = {"attn_row_scale": torch.tensor([1.5, 0.5]), "mlp_row_scale": torch.tensor([0.5, 1.5])}
+    inputs = block_inputs(m, 2, N, C, H, F, eps=1e-5, dropout_p=0.3, attn_dropout_p=0.2, seed=torch.tensor(seed), **scales)
+    return Arguments(**inputs)
+
+
+def block_saves_what_the_four_save() -> None:
+    """The one kernel's output, qkv, y, h and log-sum-exp are those of the four, masks included; aligned rows or not."""
+    for seed in SEEDS[-2:]:
+        for shape in ((16, 16, 2, 24), (18, 18, 3, 21), (34, 12, 1, 70)):
+            call = block_call(seed, *shape)
+            ours, theirs = (forward(*call, save=True) for forward in (encoder_block.forward, encoder_block.chain.forward))
+            for i, (one, four) in enumerate(zip([ours[0], *ours[1]], [theirs[0], *theirs[1]], strict=True)):
+                assert torch.allclose(one, four, rtol=1e-5, atol=1e-5), (seed, shape, i)
+
+
+def block_shares() -> None:
+    """However many programs share an image, and whether anything is saved: the same bits."""
+    call, most = block_call(3, 37, 16, 2, 24), encoder_block.PROGRAMS
+    out, saved = encoder_block.forward(*call, save=True)
+    assert torch.equal(encoder_block.forward(*call, save=False)[0], out)
+    for encoder_block.PROGRAMS, per_image in ((2, 1), (4, 2)):
+        assert encoder_block.shares(2, 3) == per_image
+        again, kept = encoder_block.forward(*call, save=True)
+        assert all(torch.equal(one, two) for one, two in zip([out, *saved], [again, *kept], strict=True)), per_image
+    encoder_block.PROGRAMS = most
 
 
 def gradients_repeat() -> None:
@@ -152,7 +184,7 @@ def key_splits() -> None:
 
 
 if __name__ == "__main__":
-    for check in (attention_masks, linear_residual_masks, mlp_masks, gradients_repeat, frozen_parameters,
-                  many_tiles_per_program, refusals, stepping_down, key_splits):
+    for check in (attention_masks, linear_residual_masks, mlp_masks, block_saves_what_the_four_save, block_shares,
+                  gradients_repeat, frozen_parameters, many_tiles_per_program, refusals, stepping_down, key_splits):
         check()
         print(f"{check.__name__}: ok")

@@ -22,8 +22,8 @@ from .linear import PROGRAMS, fused
 OP = "encoder_block"
 WIDEST, LONGEST = 128, 256  # C and N of the one kernel
 
-_chain = Chain(layernorm_linear, attention, linear_residual, layernorm_mlp)
-saved_like, backward = _chain.saved_like, _chain.backward
+chain = Chain(layernorm_linear, attention, linear_residual, layernorm_mlp)
+saved_like, backward = chain.saved_like, chain.backward
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def shares(B: int, row_tiles: int) -> int:
     return cdiv(row_tiles, cdiv(row_tiles, most))
 
 
-def is_whole(x: Tensor) -> bool:
+def fits(x: Tensor) -> bool:
     """Whether the one kernel serves a stream x (B, N, C): what its backward needs is what the four kernels keep."""
     return x.shape[2] <= WIDEST and x.shape[1] <= LONGEST and fused(x, x.shape[2])
 
@@ -71,14 +71,14 @@ def is_whole(x: Tensor) -> bool:
 def why_not(*call: object) -> str | None:
     """Why this call cannot be served, or None."""
     a = Arguments(*call)
-    return _chain.why_not(*call) or (refusal(OP, a.x) if is_whole(a.x) else None)
+    return chain.why_not(*call) or (refusal(OP, a.x) if fits(a.x) else None)
 
 
 def forward(*call: object, save: bool) -> tuple[Tensor, list[Tensor]]:
     """(out (B, N, C), [qkv, y, h, then what the four save])."""
     a = Arguments(*call)
-    if not is_whole(a.x):
-        return _chain.forward(*call, save=save)
+    if not fits(a.x):
+        return chain.forward(*call, save=save)
     B, N, C = a.x.shape
     H, F = a.num_heads, a.fc1_weight.shape[0]
     qkv, y, h, lse = saved = saved_like(*a) if save else [a.x.new_empty((B, N, 3 * C)), None, None, None]

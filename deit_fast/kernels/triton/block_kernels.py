@@ -1,4 +1,4 @@
-"""The whole encoder block forward in one kernel, for widths C <= 128. It has not run on a GPU yet. Shapes in comments.
+"""The whole encoder block forward in one kernel, for widths C <= 128. It has not run on a GPU. Shapes in comments.
 
     qkv = LN1(x) W_qkv^T + b                                              all N rows of an image
     h   = x + attn_row_scale dropout(softmax(Q K^T scale) V W_proj^T + b)  a tile of rows, all heads at once
@@ -103,6 +103,7 @@ def encoder_block_fwd_kernel(x_ptr, ln1_weight_ptr, ln1_bias_ptr, qkv_weight_ptr
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     image = (tl.program_id(0) // shares).to(tl.int64)
     share = tl.program_id(0) % shares
+    end = (image + 1) * N  # among the rows of the batch, which row_scale and dropout count
     x_ptr += image * N * C  # from here on tokens of this image are counted, in 32 bits
     out_ptr += image * N * C
     qkv_ptr += image * N * 3 * C
@@ -114,7 +115,7 @@ def encoder_block_fwd_kernel(x_ptr, ln1_weight_ptr, ln1_bias_ptr, qkv_weight_ptr
     column = tl.arange(0, BLOCK_H * BLOCK_V)  # of the heads' outputs side by side
     for tile in tl.range(share, tl.cdiv(N, BLOCK_M), shares, disable_licm=True):
         tokens = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-        rows = image * N + tokens  # of the batch, which row_scale and dropout count
+        rows = image * N + tokens
         h = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
         for first in range(0, H, BLOCK_H):
             y = _attention(qkv_ptr, lse_ptr, seed_ptr, image, first + tl.arange(0, BLOCK_H), tokens, scale, N, H, D,
@@ -129,12 +130,12 @@ def encoder_block_fwd_kernel(x_ptr, ln1_weight_ptr, ln1_bias_ptr, qkv_weight_ptr
             w = tl.load(proj_weight_ptr + cols[:, None] * C + channel, mask=(cols < C)[:, None] & inside, other=0.0)
             h = tl.dot(y, tl.trans(w.to(dtype)), h, input_precision=PRECISION)
         h += load_vector(proj_bias_ptr, cols, C)[None, :]
-        h = branch(h, seed_ptr, attn_row_scale_ptr, rows, N, 0, (image + 1) * N, C, BLOCK_C, SITE, THRESHOLD, KEEP_SCALE)
+        h = branch(h, seed_ptr, attn_row_scale_ptr, rows, N, 0, end, C, BLOCK_C, SITE, THRESHOLD, KEEP_SCALE)
         h = (load(x_ptr, tokens, cols, N, C).to(tl.float32) + h).to(dtype)  # (BM, BLOCK_C)
         if h_ptr is not None:
             store(h_ptr + image * N * C, tokens, cols, h, N, C)
         h = h.to(tl.float32)
         y = mlp(layer_norm(h, ln2_weight_ptr, ln2_bias_ptr, cols, eps, C).to(dtype), fc1_weight_ptr, fc1_bias_ptr,
-                fc2_weight_ptr, fc2_bias_ptr, seed_ptr, mlp_row_scale_ptr, rows, N, (image + 1) * N, C, F, BLOCK_M, BLOCK_F,
+                fc2_weight_ptr, fc2_bias_ptr, seed_ptr, mlp_row_scale_ptr, rows, N, end, C, F, BLOCK_M, BLOCK_F,
                 BLOCK_C, THRESHOLD, KEEP_SCALE, PRECISION)
         store(out_ptr, tokens, cols, h + y, N, C)

@@ -1,7 +1,7 @@
-"""Triton encoder block: for widths C <= 128 one forward kernel, wider or longer its four kernels one after the other.
+"""Triton encoder block: up to C = 128 one forward kernel, wider or longer its four kernels one after the other.
 
-The one kernel has not run on a GPU: it is tested in Triton's interpreter and compiled, never timed. Whether it beats the
-four is what `benchmarks/gpu/op_speeds.py` measures; `use_backend("triton", encoder_block="reference")` takes the four.
+The one kernel has not run on a GPU: it is tested in Triton's interpreter and compiled, never timed. Whether it beats
+the four is for `benchmarks/gpu/op_speeds.py` to say; `use_backend("triton", encoder_block="reference")` takes the four.
 
 It saves what the four save, so backward is theirs.
 """
@@ -21,6 +21,7 @@ from .linear import PROGRAMS, fused
 
 OP = "encoder_block"
 WIDEST, LONGEST = 128, 256  # C and N of the one kernel
+FEWEST_HEADS = 3  # with one or two, most of its warps would do the same work
 
 chain = Chain(layernorm_linear, attention, linear_residual, layernorm_mlp)
 saved_like, backward = chain.saved_like, chain.backward
@@ -30,8 +31,8 @@ saved_like, backward = chain.saved_like, chain.backward
 class Tiles:
     """What one program takes at a time.
 
-    BLOCK_R rows in LN1's product, BLOCK_M rows in all that follows; BLOCK_N keys, N = FULL + up to TAIL; BLOCK_H heads of
-    BLOCK_D channels in Q K^T and BLOCK_V in P V; BLOCK_F features of both MLPs' products; BLOCK_C padded channels.
+    BLOCK_R rows in LN1's product, BLOCK_M in all that follows; BLOCK_N keys, N = FULL + up to TAIL; BLOCK_H heads of
+    BLOCK_D channels in Q K^T and BLOCK_V in P V; BLOCK_F features of qkv and of the MLP; BLOCK_C padded channels.
     """
 
     BLOCK_R: int
@@ -50,11 +51,13 @@ class Tiles:
 def tiles(N: int, C: int, H: int, F: int, itemsize: int) -> Tiles:
     """Tiles for N tokens of C channels in H heads, F hidden features and elements of `itemsize` bytes."""
     D = C // H
-    BLOCK_H = min(8, power_of_two(H, 1))
+    BLOCK_H = min(8, power_of_two(H, 4))
     BLOCK_N = min(64 if D <= 32 else 32, 1 << (max(N, 16).bit_length() - 1))
-    return Tiles(min(64 if itemsize == 2 else 32, power_of_two(N)), 16, BLOCK_N, *split_keys(N, BLOCK_N), BLOCK_H,
-                 power_of_two(D), power_of_two(D, max(8, 16 // BLOCK_H)), min(64 if itemsize == 2 else 32, power_of_two(F)),
-                 power_of_two(C), 8 if BLOCK_H == 8 else 4)
+    FULL, TAIL = split_keys(N, BLOCK_N)
+    return Tiles(BLOCK_R=min(32, power_of_two(N)), BLOCK_M=16, BLOCK_N=BLOCK_N, FULL=FULL, TAIL=TAIL, BLOCK_H=BLOCK_H,
+                 BLOCK_D=power_of_two(D), BLOCK_V=power_of_two(D, 8),
+                 BLOCK_F=min(64 if itemsize == 2 else 32, power_of_two(F)), BLOCK_C=power_of_two(C),
+                 num_warps=BLOCK_H)
 
 
 def shares(B: int, row_tiles: int) -> int:
@@ -63,21 +66,22 @@ def shares(B: int, row_tiles: int) -> int:
     return cdiv(row_tiles, cdiv(row_tiles, most))
 
 
-def fits(x: Tensor) -> bool:
-    """Whether the one kernel serves a stream x (B, N, C): what its backward needs is what the four kernels keep."""
-    return x.shape[2] <= WIDEST and x.shape[1] <= LONGEST and fused(x, x.shape[2])
+def fits(x: Tensor, num_heads: int) -> bool:
+    """Whether the one kernel serves a stream x (B, N, C); in fp32 from C = 65 on, the MLP's backward wants z."""
+    _, N, C = x.shape
+    return C <= WIDEST and N <= LONGEST and num_heads >= FEWEST_HEADS and fused(x, C)
 
 
 def why_not(*call: object) -> str | None:
     """Why this call cannot be served, or None."""
     a = Arguments(*call)
-    return chain.why_not(*call) or (refusal(OP, a.x) if fits(a.x) else None)
+    return chain.why_not(*call) or (refusal(OP, a.x) if fits(a.x, a.num_heads) else None)
 
 
 def forward(*call: object, save: bool) -> tuple[Tensor, list[Tensor]]:
     """(out (B, N, C), [qkv, y, h, then what the four save])."""
     a = Arguments(*call)
-    if not fits(a.x):
+    if not fits(a.x, a.num_heads):
         return chain.forward(*call, save=save)
     B, N, C = a.x.shape
     H, F = a.num_heads, a.fc1_weight.shape[0]

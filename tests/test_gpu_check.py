@@ -45,4 +45,5 @@ def test_every_section(tmp_path: Path) -> None:
     apart = next(row for name, row in results["losses"].items() if name.startswith("triton against reference"))
     assert apart["of all steps"] < 1e-4
     assert {"batch 2: ours, graphs", "batch 2: reference, max-autotune, graph"} <= set(results["step"])
+    assert {"triton both", "four ops both"} <= set(results["ops"]["encoder_block nano batch 1"])
     assert all(rows and "cut off" not in rows for rows in results.values())

@@ -1,4 +1,4 @@
-"""The Triton backend: one program per tile of rows or per attention head, all between two reads on chip.
+"""The Triton backend: one program per tile of rows, attention head or image, all between two reads on chip.
 
 Importing this package needs no Triton and touches no GPU; the kernel modules are imported only where `why_not()` is
 None. With `TRITON_INTERPRET=1` in the environment (read when a kernel is decorated, so set it before the first import)

@@ -22,8 +22,7 @@ import cubins  # noqa: E402
 from deit_fast.backend import KernelError  # noqa: E402
 from deit_fast.kernels.triton import (INTERPRETED, attention, attention_kernels, augment,  # noqa: E402
                                       augment_geometry, augment_kernels, block_kernels, common, distillation_loss,
-                                      encoder_block, layernorm_mlp, linear, linear_kernels, mlp_kernels, reduction,
-                                      rowwise)
+                                      layernorm_mlp, linear, linear_kernels, mlp_kernels, reduction, rowwise)
 from deit_fast.kernels.triton.common import Launch, cdiv  # noqa: E402
 from too_large import TooLarge  # noqa: E402
 
@@ -54,14 +53,6 @@ def augmentation_launches() -> list[Launch]:
     """Every kernel of `augment`: plain ones at 224 pixels, where three launches share the work, and the weights'."""
     plain = cubins.augment_launches(224, torch.bfloat16, remode="const")
     return [*plain, cubins.augment_launches(32, torch.bfloat16, resizes=True)[0]]
-
-
-def block_forward(dtype: str, save: bool = True, preset: str = NANO, **change: object) -> list[Launch]:
-    """The launches of encoder_block's forward at a preset's size, its arguments changed as named."""
-    call = encoder_block.Arguments(*cubins.block_calls(preset, dtype)["encoder_block"])._replace(**change)
-    with common.recording() as found:
-        encoder_block.forward(*call, save=save)
-    return found
 
 
 def check(launch: Launch, arch: int, most_stack: float) -> None:
@@ -117,54 +108,6 @@ def test_attention_dropout_on_hopper() -> None:
     for launch in cubins.launches_of("attention",
                                      (qkv, heads, None, 0.1, torch.empty((), dtype=torch.int64, device="meta"))):
         check(launch, 90, forward_spills_nothing(launch))
-
-
-def test_block_at_the_reports_size_on_hopper() -> None:
-    """Two programs fit a multiprocessor's registers, in training and in inference; attention's dropout takes more."""
-    inference = {"save": False, "dropout_p": 0.0, "seed": None}
-    for settings in ({}, inference, {"attn_dropout_p": 0.1}):
-        launch, = block_forward("bf16", **settings)
-        check(launch, 90, 0)
-        registers = cubins.compile_launch(launch, 90).registers * 32 * launch.arguments["num_warps"]
-        assert registers <= 65536 / 2 or "attn_dropout_p" in settings
-
-
-def test_block_reads_qkv_behind_its_barrier() -> None:
-    """What other threads of the program stored is read behind the barrier only, never through the cache for constants.
-
-    The interpreter would not miss the barrier, for it runs a program as one thread.
-    """
-    launch, = block_forward("bf16")
-    for arch in cubins.SHARED_LIMIT:
-        compiled = cubins.compiled_kernel(launch, arch)
-        lines = compiled.asm["ttgir"].splitlines()
-        barrier, = (i for i, line in enumerate(lines) if re.match(r"\s*(?:gpu|ttg)\.barrier", line))
-        stores = [i for i, line in enumerate(lines) if "tt.store" in line]
-        by_heads = [i for i, line in enumerate(lines)
-                    if re.search(r"tt\.load|async_copy", line) and re.search(r"tensor<\d+x\d+x\d+x!tt\.ptr", line)]
-        assert min(stores) < barrier and sum(i > barrier for i in stores) == 4, "qkv; lse, y, h and out"
-        assert len(by_heads) == 5 and min(by_heads) > barrier, "Q, and K and V of full blocks and of the tail"
-        assert not re.search(r"ld\.global[.\w:]*\.nc", compiled.asm["ptx"])
-        assert "bar.sync" in compiled.asm["ptx"]
-
-
-def test_which_blocks_are_one_kernel() -> None:
-    """C <= 128, N <= 256, three heads or more, and where the four save nothing that the one has not."""
-    def kernels(dtype: str, **shape: int) -> set[str]:
-        C, N, H = shape.get("C", 64), shape.get("N", 66), shape.get("H", 8)
-        x_dtype, _ = cubins.DTYPES[dtype]
-        x, w = torch.empty(2, N, C, dtype=x_dtype, device="meta"), torch.empty(C, C, device="meta")
-        wide, tall = torch.empty(40, C, device="meta"), torch.empty(C, 40, device="meta")
-        found = block_forward(dtype, x=x, ln1_weight=w[0], ln1_bias=None, qkv_weight=w.repeat(3, 1), qkv_bias=None,
-                              proj_weight=w, proj_bias=None, ln2_weight=w[0], ln2_bias=None, fc1_weight=wide,
-                              fc1_bias=None, fc2_weight=tall, fc2_bias=None, num_heads=H)
-        return {launch.kernel.__name__ for launch in found}
-
-    one = {"encoder_block_fwd_kernel"}
-    assert kernels("bf16mixed") == kernels("fp32") == kernels("bf16mixed", C=126, N=256, H=3) == one
-    for dtype, shape in (("bf16mixed", {"C": 136}), ("bf16mixed", {"N": 257}), ("bf16mixed", {"H": 2}),
-                         ("fp32", {"C": 72})):
-        assert "attention_fwd_kernel" in kernels(dtype, **shape) and not kernels(dtype, **shape) & one
 
 
 def test_augment_at_the_reports_size_on_hopper() -> None:
@@ -254,32 +197,6 @@ def test_attention_tiles(D: int) -> None:
         assert shape.FULL + shape.TAIL == keys
     assert attention.backward_shape(66, 8, 2) is not None and attention.backward_shape(66, 8, 4) is not None
     assert attention.backward_shape(1025, 64, 2) is None
-
-
-@pytest.mark.parametrize("H", [3, 4, 5, 8, 12])
-def test_block_tiles(H: int) -> None:
-    """Tiles are powers of two that cover heads, channels and tokens, and fit into registers."""
-    for itemsize in (2, 4):
-        for D in (1, 5, 8, 16, 24, 40):
-            for N in (1, 15, 16, 17, 63, 64, 66, 128, 198, 256) if D * H <= 128 else ():
-                tile = encoder_block.tiles(N, D * H, H, 4 * D * H, itemsize)
-                assert tile.FULL + tile.TAIL >= N and tile.FULL % tile.BLOCK_N == 0
-                sides = (tile.BLOCK_R, tile.BLOCK_M, tile.BLOCK_N, tile.BLOCK_D, tile.BLOCK_F, tile.BLOCK_C,
-                         tile.BLOCK_H * tile.BLOCK_V)  # of products: at least 16
-                assert all(side >= 16 and side & (side - 1) == 0 for side in sides), tile
-                assert tile.BLOCK_D >= D and tile.BLOCK_V >= D and tile.BLOCK_C >= D * H
-                scores = tile.BLOCK_H * tile.BLOCK_M * max(tile.BLOCK_N, tile.TAIL, tile.BLOCK_V)
-                assert scores <= 64 * 32 * tile.num_warps, tile
-
-
-def test_block_shares() -> None:
-    """Programs per image: as many as its row tiles for one image, one where images are many, none without work."""
-    assert encoder_block.shares(1, 5) == 5 and encoder_block.shares(0, 5) == 5
-    for B in (1, 50, 64, 66, 100, 132, 264, 1000):
-        for row_tiles in (1, 2, 5, 13, 16):
-            found = encoder_block.shares(B, row_tiles)
-            assert 1 <= found <= row_tiles and (found == 1 or B * found <= linear.PROGRAMS)
-            assert cdiv(row_tiles, found) * (found - 1) < row_tiles, "a program has nothing to do"
 
 
 @pytest.mark.parametrize(("height", "width"), [

@@ -1,8 +1,9 @@
 """A whole encoder block as one call: the four ops of `models/vit.py` behind one door.
 
-The arithmetic is that of the four ops, kernel by kernel. What one call saves is their price beside it: checks, the
-choice of a backend, the dispatcher and a node of autograd for each. That price is the same for one image and for a
-thousand, so small batches of small models are where it counts.
+The arithmetic is that of the four ops, kernel by kernel, but for Triton, which has one forward kernel for narrow blocks
+(`kernels/triton/encoder_block.py`). What one call saves is their price beside it: checks, the choice of a backend, the
+dispatcher and a node of autograd for each. That price is the same for one image and for a thousand, so small batches of
+small models are where it counts.
 
 Somebody who names a backend for one of the four ops gets it: the block is then the composition of the four, as it is
 wherever no backend serves the whole.

@@ -7,7 +7,7 @@
 An image is the work of one or more programs. Only attention looks at other rows, and only at their K and V: so each
 program makes the qkv of its whole image and then takes its share of the row tiles from Q to `out`, h and the heads'
 outputs staying on chip. K and V go through memory, which training keeps for backward anyway: what a program's threads
-have stored, all of them see behind the barrier (loads are never the non-coherent kind, which `test_triton_cubins.py`
+have stored, all of them see behind the barrier (loads are never the non-coherent kind, which `test_triton_block.py`
 reads from the assembly). Programs that share an image store the same bits to the same places.
 
 Heads are the batch of a batched product, so that every warp has heads of its own and a row of softmax stays in a warp.

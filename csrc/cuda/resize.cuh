@@ -4,50 +4,11 @@
 // in the first-level cache. Two passes would read less and write and read an array in between. It has not been measured.
 #pragma once
 
-#include <cuda_runtime.h>
-
-#include "augment_filter.h"
+#include "workspace.cuh"
 
 namespace {
 
-using namespace augment;
-
 constexpr int RESIZE_THREADS = 256, WEIGHT_THREADS = 128;
-
-template <class T>
-__host__ __device__ T clamp(T x, T low, T high) {
-    return x < low ? low : x > high ? high : x;
-}
-
-__host__ __device__ inline int64_t padded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
-
-// Of one row of the plan: int32 weights [tap][output pixel] along a side, then the first source pixels and counts.
-__host__ __device__ inline int64_t side_ints(int64_t source, int64_t m) { return (most_taps(source, m) + 2) * m; }
-
-__host__ __device__ inline int64_t tiles_bytes(int64_t height, int64_t width, int64_t B) {
-    return padded(B * 3 * height * width);
-}
-
-inline int64_t resize_bytes(int64_t source_h, int64_t source_w, int64_t height, int64_t width, int64_t B) {
-    return tiles_bytes(height, width, B) + 4 * B * (side_ints(source_h, height) + side_ints(source_w, width));
-}
-
-__device__ uint8_t* tile_of(const Args& a, int64_t i) {
-    return static_cast<uint8_t*>(a.workspace) + i * 3 * a.height * a.width;
-}
-
-struct Side {
-    int32_t *weight, *first, *count;
-};
-
-__device__ Side side_of(const Args& a, int64_t i, bool vertical) {
-    const int64_t down = side_ints(a.source_h, a.height), across = side_ints(a.source_w, a.width);
-    const auto ints = reinterpret_cast<int32_t*>(static_cast<char*>(a.workspace) + tiles_bytes(a.height, a.width, a.B));
-    const int64_t source = vertical ? a.source_h : a.source_w, m = vertical ? a.height : a.width;
-    int32_t* weight = ints + i * (down + across) + (vertical ? 0 : down);
-    int32_t* first = weight + most_taps(source, m) * m;
-    return {weight, first, first + m};
-}
 
 // The box of row i, clamped into the source.
 __device__ void source_box(const Args& a, int64_t i, int32_t& y, int32_t& x, int32_t& h, int32_t& w) {
@@ -75,13 +36,17 @@ __global__ void __launch_bounds__(WEIGHT_THREADS) resize_weights_kernel(const Ar
     }
 }
 
+inline __host__ __device__ uint32_t resize_blocks(const Args& a) {  // of one row of the plan
+    return ceil_div(uint32_t(a.height) * uint32_t(a.width), uint32_t(RESIZE_THREADS));
+}
+
 __global__ void __launch_bounds__(RESIZE_THREADS) resize_kernel(const Args a) {
-    const int64_t i = blockIdx.x, area = int64_t(a.height) * a.width;
-    const int64_t p = int64_t(blockIdx.y) * RESIZE_THREADS + threadIdx.x;
+    const uint32_t area = uint32_t(a.height) * uint32_t(a.width), blocks = resize_blocks(a);
+    const uint32_t i = blockIdx.x / blocks, p = blockIdx.x % blocks * RESIZE_THREADS + threadIdx.x;
     if (!resizes(a, i) || p >= area) return;
     int32_t box_y, box_x, h, w;
     source_box(a, i, box_y, box_x, h, w);
-    const int32_t y = int32_t(p / a.width), x = int32_t(p % a.width);
+    const auto y = int32_t(p / uint32_t(a.width)), x = int32_t(p % uint32_t(a.width));
     const Side down = side_of(a, i, true), across = side_of(a, i, false);
     const int32_t first_y = down.first[y], rows = down.count[y], first_x = across.first[x], columns = across.count[x];
     const uint8_t* from = a.images + clamp(a.index[i], int64_t(0), a.M - 1) * a.stride_m +
@@ -99,16 +64,14 @@ __global__ void __launch_bounds__(RESIZE_THREADS) resize_kernel(const Args a) {
     uint8_t* to = tile_of(a, i) + p;
     for (int c = 0; c < 3; ++c) {
         const int64_t level = (total[c] + (int64_t(1) << (2 * kWeightBits - 1))) >> (2 * kWeightBits);
-        to[c * area] = uint8_t(clamp(level, int64_t(0), int64_t(255)));
+        to[int64_t(c) * area] = uint8_t(clamp(level, int64_t(0), int64_t(255)));
     }
 }
 
 // Makes the tiles of all rows that are resized.
 inline void resize(const Args& a, cudaStream_t stream) {
-    const int64_t area = int64_t(a.height) * a.width;
-    const dim3 grid(unsigned(a.B), unsigned((area + RESIZE_THREADS - 1) / RESIZE_THREADS));
-    resize_weights_kernel<<<unsigned(a.B), WEIGHT_THREADS, 0, stream>>>(a);
-    resize_kernel<<<grid, RESIZE_THREADS, 0, stream>>>(a);
+    launch(resize_weights_kernel, a.B, WEIGHT_THREADS, 0, stream, a);
+    launch(resize_kernel, a.B * resize_blocks(a), RESIZE_THREADS, 0, stream, a);
 }
 
 }  // namespace

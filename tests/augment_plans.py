@@ -1,13 +1,22 @@
-"""Random but valid plans for the tests of `augment`: every field anywhere in its range, not where sampling puts it."""
+"""Plans for the tests of `augment`: random ones, every field anywhere in its range, not where sampling puts it; and
+wrong ones, which a GPU clamps.
+"""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from deit_fast.data.augmentation import Plan
+from deit_fast.data.augmentation import Plan, neutral_plan
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+CLAMPED = [  # field, what is written into the first row, what the kernel takes it for on 5 images of 12x12
+    ("index", -1, 0), ("index", 5, 4), ("index", 2**40, 4), ("crop", -(2**31), -12), ("crop", 2**31 - 1, 12),
+    ("jitter", -7, 0), ("jitter", 2**31 - 1, 64 << 16), ("partner", -(2**63), 0), ("partner", 99, 1),
+    ("lam", -1.0, 0.0), ("lam", 7.0, 1.0), ("lam", float("nan"), 0.0),
+]
 
 
 def random_images(M: int, H: int, W: int, layout: str = "chw", seed: int = 0) -> Tensor:
@@ -73,3 +82,24 @@ def random_plan(B: int, M: int, source: tuple[int, int], size: tuple[int, int], 
         jitter=torch.cat([factors, shifts], dim=1).int(), grayscale=torch.rand(B, generator=g) < 0.2,
         erase=boxes(g, (B, recount), *size), noise_key=torch.randint(-2**63, 2**63 - 1, (B,), generator=g),
         partner=partner, lam=lam, cut=cut, remode=remode, padding_mode="reflect" if seed % 2 else "constant")
+
+
+def clamped_plans(field: str, value: float, meant: float) -> tuple[Tensor, Tensor, Plan, Plan]:
+    """(images, labels, a plan of two rows with the value in the first, the plan that it means)."""
+    images, labels, plan = random_images(5, 12, 12), torch.arange(5), neutral_plan(torch.tensor([2, 3]))
+    plan = replace(plan, partner=torch.tensor([1, 0]), lam=torch.tensor([0.6, 0.3]),
+                   jitter=torch.tensor([[90_000, 50_000, 70_000]] * 2, dtype=torch.int32))
+    wrong, right = (getattr(plan, field).clone() for _ in range(2))
+    wrong[0], right[0] = value, meant
+    return images, labels, replace(plan, **{field: wrong}), replace(plan, **{field: right})
+
+
+def garbage(plan: Plan) -> Plan:
+    """Any bits in every integer field."""
+    generator, fields = torch.Generator().manual_seed(0), {}
+    for name, tensor in plan.tensors().items():
+        if tensor.dtype in (torch.int32, torch.int64):
+            info = torch.iinfo(tensor.dtype)
+            fields[name] = torch.randint(info.min, info.max, tensor.shape, generator=generator, dtype=tensor.dtype)
+    fields["jitter_order"] = torch.randint(256, plan.jitter_order.shape, generator=generator, dtype=torch.uint8)
+    return replace(plan, **fields)

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import cuda_on_host
 from augment_plans import MEAN, STD, random_images, random_plan
 from deit_fast import ops, reference
 from deit_fast.data.augmentation import Plan, Recipe, neutral_plan, sample_plan
@@ -24,7 +25,8 @@ from deit_fast.ops.augment import OP
 from needs import skip_or_fail
 
 EXAMPLES = int(os.environ.get("DEIT_FAST_EXAMPLES", "100"))
-NATIVE = [backend for backend in ("cpu", "cuda", "triton") if backend in OP.offers]
+ON_HOST = "cuda on a CPU"  # the same kernels, see cuda_on_host
+NATIVE = [*(backend for backend in ("cpu", "cuda", "triton") if backend in OP.offers), ON_HOST]
 NOISE = 2e-6  # |native - reference| of one N(0, 1) number: some roundings of 5.8, the largest there is
 
 GRID = [  # B, source, output, layout, recount
@@ -46,15 +48,19 @@ GRID = [  # B, source, output, layout, recount
 
 @pytest.fixture(params=NATIVE)
 def native(request) -> str:
-    reason = OP.why_not_here(request.param)
+    reason = cuda_on_host.why_not() if request.param == ON_HOST else OP.why_not_here(request.param)
     if reason:
         skip_or_fail(request.param, reason)
     return request.param
 
 
-def on(backend: str, images: Tensor, labels: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Plan]:
+def ours(backend: str, images: Tensor, labels: Tensor, plan: Plan, *settings, **named) -> tuple[Tensor, Tensor]:
+    """The backend's outputs, on the CPU."""
+    if backend == ON_HOST:
+        return cuda_on_host.augment(images, labels, plan, *settings, **named)
     device = "cuda" if backend in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
-    return images.to(device), labels.to(device), plan.to(device)
+    inputs = images.to(device), labels.to(device), plan.to(device)
+    return tuple(t.cpu() for t in ops.augment(*inputs, *settings, **named, backend=backend))
 
 
 def batch(B: int, source, size, layout: str, recount: int, remode: str = "const",
@@ -67,9 +73,8 @@ def batch(B: int, source, size, layout: str, recount: int, remode: str = "const"
 def both(backend: str, inputs: tuple[Tensor, Tensor, Plan], size, **settings) -> tuple[tuple[Tensor, Tensor], ...]:
     """(native, reference) outputs, on the CPU."""
     settings = {"smoothing": 0.1, **settings}
-    ours = ops.augment(*on(backend, *inputs), MEAN, STD, 10, size, **settings, backend=backend)
     expected = reference.augment(*inputs, MEAN, STD, 10, size, **settings)
-    return tuple(t.cpu() for t in ours), expected
+    return ours(backend, *inputs, MEAN, STD, 10, size, **settings), expected
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -126,9 +131,9 @@ def test_half_precision_extremes(native: str) -> None:
     labels, plan = torch.zeros(2, dtype=torch.int64), neutral_plan(torch.arange(2))
     for std in ((1e-7, 1e-4, 1.53e-5), (1e4, 3e3, 2e7)):
         for dtype in (torch.float16, torch.bfloat16):
-            x, _ = ops.augment(*on(native, images, labels, plan), (0.5, 0.1, 0.0), std, 1, dtype=dtype, backend=native)
+            x, _ = ours(native, images, labels, plan, (0.5, 0.1, 0.0), std, 1, dtype=dtype)
             expected, _ = reference.augment(images, labels, plan, (0.5, 0.1, 0.0), std, 1, dtype=dtype)
-            assert torch.equal(x.cpu(), expected)
+            assert torch.equal(x, expected)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -146,10 +151,10 @@ def test_noise_near_its_limits(native: str) -> None:
     images, labels = torch.zeros((1, 3, 577, 600), dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
     plan = replace(neutral_plan(torch.tensor([0])), erase=torch.tensor([[[0, 0, 577, 600]]], dtype=torch.int32),
                    noise_key=torch.tensor([-0x123456789ABCDEF]))
-    x, _ = ops.augment(*on(native, images, labels, plan), MEAN, STD, 1, backend=native)
+    x, _ = ours(native, images, labels, plan, MEAN, STD, 1)
     expected = reference.augment(images, labels, plan, MEAN, STD, 1)[0].double()
     assert expected.abs().max() > 4.5 and expected.abs().min() < 1e-5
-    assert ((x.cpu() - expected).abs() <= 3e-7 * expected.abs() + 3e-8).all()
+    assert ((x - expected).abs() <= 3e-7 * expected.abs() + 3e-8).all()
 
 
 @pytest.mark.parametrize("mode", ["batch", "pair", "elem"])

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from augment_plans import MEAN, STD, random_images, random_plan
+from augment_plans import CLAMPED, MEAN, STD, clamped_plans, garbage, random_images, random_plan
 from deit_fast import ops, reference
 from deit_fast.data.augmentation import Plan, neutral_plan
 from deit_fast.kernels.triton import INTERPRETED
@@ -171,23 +171,12 @@ def test_no_rows_and_many_classes() -> None:
     assert torch.equal(ops.augment(*call, backend="triton")[1], reference.augment(*call)[1])
 
 
-CLAMPED = [  # field, what is written into the first row, what the kernel takes it for on 5 images of 12x12
-    ("index", -1, 0), ("index", 5, 4), ("index", 2**40, 4), ("crop", -(2**31), -12), ("crop", 2**31 - 1, 12),
-    ("jitter", -7, 0), ("jitter", 2**31 - 1, 64 << 16), ("partner", -(2**63), 0), ("partner", 99, 1),
-    ("lam", -1.0, 0.0), ("lam", 7.0, 1.0), ("lam", float("nan"), 0.0),
-]
-
-
 @pytest.mark.parametrize(("field", "value", "meant"), CLAMPED)
 def test_values_are_clamped(field: str, value: float, meant: float) -> None:
     """No value can make the kernel read outside the images; numbers outside their range count as its nearest end."""
-    images, labels, plan = random_images(5, 12, 12), torch.arange(5), neutral_plan(torch.tensor([2, 3]))
-    plan = replace(plan, partner=torch.tensor([1, 0]), lam=torch.tensor([0.6, 0.3]),
-                   jitter=torch.tensor([[90_000, 50_000, 70_000]] * 2, dtype=torch.int32))
-    wrong, right = (getattr(plan, field).clone() for _ in range(2))
-    wrong[0], right[0] = value, meant
-    x, targets = ours((images, labels, replace(plan, **{field: wrong})), (12, 12))
-    other, other_targets = expected((images, labels, replace(plan, **{field: right})), (12, 12))
+    images, labels, wrong, right = clamped_plans(field, value, meant)
+    x, targets = ours((images, labels, wrong), (12, 12))
+    other, other_targets = expected((images, labels, right), (12, 12))
     assert torch.equal(x, other) and torch.equal(targets, other_targets)
 
 
@@ -195,13 +184,7 @@ def test_values_are_clamped(field: str, value: float, meant: float) -> None:
 def test_garbage_is_survived(size: tuple[int, int]) -> None:
     """Any bits in any field: finite pixels in return."""
     images, labels, plan = batch(2, (12, 11), size, seed=1)
-    generator, garbage = torch.Generator().manual_seed(0), {}
-    for name, tensor in plan.tensors().items():
-        if tensor.dtype in (torch.int32, torch.int64):
-            info = torch.iinfo(tensor.dtype)
-            garbage[name] = torch.randint(info.min, info.max, tensor.shape, generator=generator, dtype=tensor.dtype)
-    garbage["jitter_order"] = torch.randint(256, plan.jitter_order.shape, generator=generator, dtype=torch.uint8)
-    x, targets = ours((images, labels, replace(plan, **garbage)), size)
+    x, targets = ours((images, labels, garbage(plan)), size)
     assert x.isfinite().all() and targets.isfinite().all()
 
 

@@ -32,7 +32,8 @@
 
 struct dim3 {
     unsigned x = 1, y = 1, z = 1;
-    explicit dim3(unsigned x = 1) : x(x) {}
+    dim3() = default;
+    explicit dim3(unsigned x) : x(x) {}
 };
 struct uint4 {
     unsigned x, y, z, w;
@@ -84,6 +85,7 @@ inline std::function<void()> body;
 inline bool late_copies;
 inline size_t allowed_shared = SHARED_LIMIT;
 inline int last_error = 0;
+inline std::string failure;  // what a thread has done that none may
 
 inline void wait(State state) {
     threads[current].state = state;
@@ -91,7 +93,11 @@ inline void wait(State state) {
 }
 
 inline void start_thread() {
-    body();
+    try {
+        body();
+    } catch (const std::runtime_error& error) {
+        failure = error.what();
+    }
     threads[current].state = State::ended;
 }
 
@@ -132,6 +138,7 @@ inline void run_block(bool descending) {
         thread.copies.assign(1, {});
     }
     unsigned ended = 0;
+    failure.clear();
     do {
         for (unsigned n = 0; n < count; ++n) {
             current = descending ? count - 1 - n : n;
@@ -141,6 +148,7 @@ inline void run_block(bool descending) {
             ended += threads[current].state == State::ended;
         }
     } while (release());
+    if (!failure.empty()) throw std::runtime_error(failure);
     if (ended < count) throw std::runtime_error("threads of a block wait at different barriers, or for ended ones");
     for (unsigned t = 0; t < count; ++t) {
         for (const auto& group : threads[t].copies) {

@@ -93,7 +93,8 @@ AUGMENT_FN int32_t contrast_base(int64_t gray_sum, int64_t area, int32_t factor)
 }
 
 // The pixel with its hue moved by shift turns, 16.16, in [-1/2, 1/2]. Hues are in sixths of a turn, times the chroma.
-AUGMENT_FN void turn_hue(int32_t shift, uint8_t& r, uint8_t& g, uint8_t& b) {
+template <class T>
+AUGMENT_FN void turn_hue(int32_t shift, T& r, T& g, T& b) {
     const int32_t red = r, green = g, blue = b;
     const int32_t more = red > green ? red : green, top = more > blue ? more : blue;
     const int32_t less = red < green ? red : green, bottom = less < blue ? less : blue;
@@ -110,12 +111,12 @@ AUGMENT_FN void turn_hue(int32_t shift, uint8_t& r, uint8_t& g, uint8_t& b) {
         k = k < one ? k : one;
         channel[c] = ((top << 16) - (k > 0 ? k : 0) + (1 << 15)) >> 16;
     }
-    r = uint8_t(channel[0]), g = uint8_t(channel[1]), b = uint8_t(channel[2]);
+    r = T(channel[0]), g = T(channel[1]), b = T(channel[2]);
 }
 
 // ---- float ----
 
-AUGMENT_FN float normalise(uint8_t x, float scale, float bias) { return fmaf(float(x), scale, bias); }
+AUGMENT_FN float normalise(int32_t x, float scale, float bias) { return fmaf(float(x), scale, bias); }
 
 AUGMENT_FN float mix(float own, float other, float lam) { return fmaf(own, lam, other * (1.0f - lam)); }
 

@@ -9,7 +9,7 @@ namespace {
 constexpr int QUAD = 4;
 
 struct Quad {
-    uint8_t c[3][QUAD];
+    int32_t c[3][QUAD];  // 0 to 255
 };
 
 // The bytes at places x to x + 3 of a line of whole, aligned words; 0 outside of it.
@@ -38,7 +38,7 @@ __device__ Quad read_quad(const Args& a, const Row& row, const uint8_t* pixels, 
             const bool ahead = row.step_x > 0;
             const uint32_t bytes = four_bytes(line, ahead ? from_x : from_x - (QUAD - 1), row.source_w);
             const uint32_t turned = ahead ? bytes : __byte_perm(bytes, 0, 0x0123);
-            memcpy(quad.c[c], &turned, QUAD);
+            for (int k = 0; k < QUAD; ++k) quad.c[c][k] = int32_t(turned >> 8 * k & 255);
         }
         return quad;
     }
@@ -55,20 +55,19 @@ __device__ Quad read_quad(const Args& a, const Row& row, const uint8_t* pixels, 
 
 // Applies the first `steps` color operations.
 __device__ void color_quad(const Row& row, int steps, Quad& quad) {
-    uint8_t(&red)[QUAD] = quad.c[0], (&green)[QUAD] = quad.c[1], (&blue)[QUAD] = quad.c[2];
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
         const int32_t kind = row.kind[step], factor = row.factor[step];
-        if (kind == kHue) {
-#pragma unroll
-            for (int k = 0; k < QUAD; ++k) turn_hue(factor, red[k], green[k], blue[k]);
-            continue;
-        }
 #pragma unroll
         for (int k = 0; k < QUAD; ++k) {
+            int32_t &red = quad.c[0][k], &green = quad.c[1][k], &blue = quad.c[2][k];
+            if (kind == kHue) {
+                turn_hue(factor, red, green, blue);
+                continue;
+            }
             int32_t base = kind == kContrast ? row.base : 0;
-            if (kind == kSaturation) base = saturation_base(gray(red[k], green[k], blue[k]), factor);
-            for (int c = 0; c < 3; ++c) quad.c[c][k] = blend(quad.c[c][k], factor, base);
+            if (kind == kSaturation) base = saturation_base(gray(red, green, blue), factor);
+            red = blend(red, factor, base), green = blend(green, factor, base), blue = blend(blue, factor, base);
         }
     }
 }
@@ -112,7 +111,7 @@ __device__ void make_quad(const Args& a, const Row& row, const uint8_t* pixels, 
     if (row.grayscale) {
 #pragma unroll
         for (int k = 0; k < QUAD; ++k) {
-            quad.c[0][k] = quad.c[1][k] = quad.c[2][k] = uint8_t(gray(quad.c[0][k], quad.c[1][k], quad.c[2][k]));
+            quad.c[0][k] = quad.c[1][k] = quad.c[2][k] = gray(quad.c[0][k], quad.c[1][k], quad.c[2][k]);
         }
     }
 #pragma unroll

@@ -67,8 +67,10 @@ __global__ void __launch_bounds__(STAGED_THREADS, STAGED_BLOCKS) augment_staged_
     const auto bytes = int32_t(staged_bytes(a));
     const uint32_t quads = uint32_t(a.height) * ceil_div(uint32_t(a.width), uint32_t(QUAD));
     const int64_t stride = gridDim.x;
-    load_work(a, blockIdx.x, ring[0]);
-    if (blockIdx.x + stride < a.B) load_work(a, blockIdx.x + stride, ring[1]);
+#pragma unroll 1
+    for (int turn = 0; turn < 2; ++turn) {
+        if (blockIdx.x + turn * stride < a.B) load_work(a, blockIdx.x + turn * stride, ring[turn]);
+    }
     __syncthreads();
     stage(a, ring[0], pixels);
     __pipeline_commit();

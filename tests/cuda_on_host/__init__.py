@@ -43,13 +43,15 @@ def why_not() -> str | None:
 def module() -> ModuleType:
     """The extension, compiled once in a process; CUDA_ON_HOST_FLAGS adds flags, such as -fsanitize=address."""
     name = "_cuda_on_host"
+    extra = os.environ.get("CUDA_ON_HOST_FLAGS", "").split()
     includes = [f"-I{path}" for path in (HERE, CSRC, pybind11.get_include(), sysconfig.get_path("include"))]
-    command = ["g++", *FLAGS, *os.environ.get("CUDA_ON_HOST_FLAGS", "").split(), f"-DDEIT_FAST_MODULE={name}", *includes]
-    objects = [Path(_folder.name, source.name).with_suffix(".o") for source in (HERE / "module.cpp", CSRC / "cuda" / "bindings.cpp")]
-    for source, target in zip((HERE / "module.cpp", CSRC / "cuda" / "bindings.cpp"), objects, strict=True):
-        subprocess.run([*command, "-c", source, "-o", target], check=True)
+    objects = []
+    for source, checks in ((HERE / "module.cpp", ["-fsanitize=alignment"]), (CSRC / "cuda" / "bindings.cpp", [])):
+        objects.append(Path(_folder.name, source.stem + ".o"))
+        subprocess.run(["g++", *FLAGS, *checks, *extra, f"-DDEIT_FAST_MODULE={name}", *includes, "-c", source, "-o",
+                        objects[-1]], check=True)
     library = Path(_folder.name, name + ".so")
-    subprocess.run([*command, "-shared", *objects, "-o", library], check=True)
+    subprocess.run(["g++", "-shared", *extra, *objects, "-o", library], check=True)
     spec = importlib.util.spec_from_file_location(name, library)
     found = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(found)

@@ -44,9 +44,10 @@ def same(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> bool:
 @pytest.mark.parametrize("images", [IMAGES, FLOATS], ids=["uint8", "float"])
 @pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_timm_with_the_same_draws(monkeypatch, images: Tensor, mode: str, seed: int) -> None:
+@pytest.mark.parametrize("correct_lam", [True, False])
+def test_timm_with_the_same_draws(monkeypatch, images: Tensor, mode: str, seed: int, correct_lam: bool) -> None:
     timm_mixup = pytest.importorskip("timm.data.mixup")
-    options = BOTH | {"mode": mode, "label_smoothing": 0.1}
+    options = BOTH | {"mode": mode, "label_smoothing": 0.1, "correct_lam": correct_lam}
     plan = draws(seed=seed, **options)
     cuts, boxes = plan.cut[:, 2:].prod(1) > 0, iter(plan.cut[plan.cut[:, 2:].prod(1) > 0].tolist())
     theirs = timm_mixup.Mixup(**options)
@@ -55,7 +56,7 @@ def test_timm_with_the_same_draws(monkeypatch, images: Tensor, mode: str, seed: 
 
     def next_box(_shape, lam, **_):
         y, x, h, w = next(boxes)
-        return (y, y + h, x, x + w), 1 - h * w / (H * W)
+        return (y, y + h, x, x + w), 1 - h * w / (H * W) if correct_lam else lam
 
     monkeypatch.setattr(timm_mixup, "cutmix_bbox_and_lam", next_box)
     expected, expected_targets = theirs(FLOATS.clone(), LABELS)
@@ -87,8 +88,57 @@ def test_torchvision_with_the_same_draws(images: Tensor, kind: str) -> None:
 def test_arguments_and_defaults_are_timms() -> None:
     theirs = inspect.signature(pytest.importorskip("timm.data.mixup").Mixup).parameters
     ours = inspect.signature(BatchAugment).parameters
-    assert set(theirs) - set(ours) == {"correct_lam", "multi_label"}
+    assert set(theirs) <= set(ours)
     assert all(ours[name].default == theirs[name].default for name in set(theirs) & set(ours))
+
+
+@pytest.mark.parametrize("images", [IMAGES, FLOATS], ids=["uint8", "float"])
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_dense_labels(images: Tensor, multi_label: bool) -> None:
+    """One-hots of any dtype are mixed like class numbers, probabilities by the same weights."""
+    options = BOTH | PIXELS | {"mode": "elem", "multi_label": multi_label}
+    hot = torch.nn.functional.one_hot(LABELS, K)
+    if not multi_label:
+        expected = BatchAugment(**options)(images, LABELS)
+        for dtype in (torch.int64, torch.bool, torch.float16):
+            result = BatchAugment(**options)(images, hot.to(dtype))
+            assert torch.equal(result[0], expected[0])
+            torch.testing.assert_close(result[1], expected[1], rtol=0, atol=1e-6)
+    soft = torch.rand(B, K, generator=torch.Generator().manual_seed(0))
+    plan = draws(**options)
+    for eps in (0.0, 0.1):
+        _, targets = BatchAugment(**options, label_smoothing=eps)(images, soft)
+        own = (1 - eps) * soft + eps * (0.5 if multi_label else 1 / K)
+        lam = plan.lam[:, None]
+        torch.testing.assert_close(targets, lam * own + (1 - lam) * own.flip(0), rtol=0, atol=1e-6)
+    kept, evaluated = soft.clone(), BatchAugment(**options).eval()(images, soft)[1]
+    assert torch.equal(evaluated, soft) and torch.equal(kept, soft)
+
+
+def test_dense_targets_are_timms() -> None:
+    timm_mixup = pytest.importorskip("timm.data.mixup")
+    soft = torch.rand(B, K, generator=torch.Generator().manual_seed(1))
+    for seed in range(4):
+        options = {"mixup_alpha": 0.8, "num_classes": K, "multi_label": True, "label_smoothing": 0.2}
+        lam = float(draws(seed=seed, **options).lam[0])
+        ours = BatchAugment(seed=seed, **options)(FLOATS, soft)[1]
+        torch.testing.assert_close(ours, timm_mixup.mixup_target(soft, K, lam, 0.2, True), rtol=0, atol=1e-6)
+
+
+def test_lambda_as_drawn() -> None:
+    """Without correct_lam the boxes are the same; lambda is what their sides were made of, 1 where there is none."""
+    options = {"mixup_alpha": 0.0, "cutmix_alpha": 1.0, "mode": "elem", "num_classes": K}
+    different = 0
+    for seed in range(8):
+        corrected, drawn = (draws(seed=seed, correct_lam=correct, **options) for correct in (True, False))
+        y, x, h, w = corrected.cut.unbind(1)
+        assert torch.equal(corrected.cut, drawn.cut)
+        torch.testing.assert_close(corrected.lam, 1 - (h * w) / (H * W), rtol=0, atol=1e-6)
+        inner = (h * w > 0) & (y > 0) & (x > 0) & (y + h < H) & (x + w < W)
+        half = (H * (1 - drawn.lam.double()).sqrt() + 1e-5).long() // 2  # lambda is rounded to fp32
+        assert torch.equal(2 * half[inner], h[inner].long()) and (drawn.lam[h * w == 0] == 1).all()
+        different += ((corrected.lam - drawn.lam).abs() > 0.1).sum()
+    assert different > 8
 
 
 def test_mixing_can_be_switched_off_like_timms() -> None:
@@ -219,9 +269,13 @@ def test_the_op_serves_pixels() -> None:
     (lambda: BatchAugment(num_classes=K)(IMAGES.int(), LABELS), TypeError, "must be uint8, or float"),
     (lambda: BatchAugment(num_classes=K)(FLOATS[0], LABELS), ValueError, "four dimensions"),
     (lambda: BatchAugment(num_classes=K)(FLOATS, LABELS[:3]), ValueError, r"shape \(12,\), got \(3,\)"),
-    (lambda: BatchAugment(num_classes=K)(FLOATS, torch.rand(B, K)), TypeError, "class numbers"),
+    (lambda: BatchAugment(num_classes=K)(FLOATS, torch.rand(B)), TypeError, r"integer dtype.*\(12, 5\)"),
+    (lambda: BatchAugment(num_classes=K)(FLOATS, LABELS > 2), TypeError, "integer dtype, got torch.bool"),
+    (lambda: BatchAugment(num_classes=K)(FLOATS, torch.rand(B, 4)), ValueError, r"= \(12, 5\), got \(12, 4\)"),
+    (lambda: BatchAugment(num_classes=K, multi_label=True)(FLOATS, LABELS), ValueError, r"multi_label .*got \(12,\)"),
+    (lambda: BatchAugment(num_classes=K)(FLOATS, torch.zeros(B, dtype=torch.complex64)), TypeError, "complex"),
     (lambda: BatchAugment(num_classes=K)(FLOATS, [0] * B), TypeError, "two tensors"),
-    (lambda: BatchAugment(correct_lam=False), TypeError, "'correct_lam'.*crop_pad"),
+    (lambda: BatchAugment(alternating_flip=True), TypeError, "'alternating_flip'.*crop_pad"),
     (lambda: BatchAugment(mixup=0.5), TypeError, "'mixup'"),
     (lambda: BatchAugment(mode="row"), ValueError, "mixup_mode"),
     (lambda: BatchAugment(hflip=1.5), ValueError, "hflip"),
@@ -264,6 +318,6 @@ def test_kernels_are_refused_in_workers() -> None:
 
 def test_recipes_fields_are_its_arguments() -> None:
     mix = BatchAugment(**BOTH, **FULL, cutmix_minmax=[0.2, 0.8], prob=0.7, switch_prob=0.3, mode="pair")
-    given = {"mixup": 0.8, "cutmix": 1.0, "cutmix_minmax": (0.2, 0.8), "mixup_prob": 0.7, "mixup_switch_prob": 0.3,
+    given = {"mixup": 0.8, "cutmix": 1.0, "cutmix_minmax": (0.2, 0.8), "correct_lam": True, "mixup_prob": 0.7, "mixup_switch_prob": 0.3,
              "mixup_mode": "pair"}  # fmt: skip
     assert asdict(mix.recipe) == asdict(Recipe(**FULL, **given))

@@ -1,4 +1,4 @@
-"""csrc/cuda compiled by nvcc for every generation of GPUs, where there is an nvcc: what the chip gets, without a GPU."""
+"""csrc/cuda compiled by nvcc, where there is one, for every generation of GPUs: what the chip gets, without a GPU."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def compiled(arch: str) -> tuple[list[Usage], str]:
 def usage(entry: str) -> Usage:
     """What ptxas says of one kernel."""
     name = next(name for name in RESIDENT if name in entry.partition("'")[0])
-    stack, stored, loaded = map(int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads",
-                                               entry).groups())
+    spills = r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+    stack, stored, loaded = map(int, re.search(spills, entry).groups())
     shared = re.search(r"(\d+) bytes smem", entry)
     return Usage(name, stack, stored + loaded, int(re.search(r"Used (\d+) registers", entry)[1]),
                  int(shared[1]) if shared else 0)

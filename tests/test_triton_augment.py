@@ -188,20 +188,23 @@ def test_garbage_is_survived(size: tuple[int, int]) -> None:
     assert x.isfinite().all() and targets.isfinite().all()
 
 
-def test_replayed_from_a_gpu_graph() -> None:
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_replayed_from_a_gpu_graph(backend: str) -> None:
     """A CUDA graph of the call, replayed on another plan, gives what a plain call gives; capture fails on any sync."""
     if not torch.cuda.is_available():
-        skip_or_fail("triton", "there is no CUDA GPU")
+        skip_or_fail(backend, "there is no CUDA GPU")
+    if OP.why_not_here(backend):
+        skip_or_fail(backend, OP.why_not_here(backend))
     for size in ((32, 32), (64, 65)):
         images, labels, plan = (t.to(DEVICE) for t in batch(5, (40, 44), size, remode="pixel"))
         _, _, other = batch(5, (40, 44), size, remode="pixel", seed=2)
         call = images, labels, plan, MEAN, STD, 10, size, 0.1, torch.bfloat16
-        ops.augment(*call, backend="triton")  # compiles
+        ops.augment(*call, backend=backend)  # compiles
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            x, targets = ops.augment(*call, backend="triton")
+            x, targets = ops.augment(*call, backend=backend)
         for mine, theirs in zip(plan.tensors().values(), other.tensors().values(), strict=True):
             mine.copy_(theirs)
         graph.replay()
-        plain, plain_targets = ops.augment(*call, backend="triton")
+        plain, plain_targets = ops.augment(*call, backend=backend)
         assert torch.equal(x, plain) and torch.equal(targets, plain_targets)

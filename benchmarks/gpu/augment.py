@@ -1,4 +1,5 @@
-"""Augmentation on a GPU: right bits, no waiting, its share of the copy bandwidth, and its peers.
+"""Augmentation on a GPU: right bits, no waiting, its share of the copy bandwidth, its peers, and the loader beside a
+training step.
 
 Peers run eagerly and under `torch.compile`; since they draw on the host they cannot be captured, so they are held
 against our eager time. torchvision v2 on a batch draws one crop, flip and lambda for all of it, kornia one per image
@@ -25,8 +26,11 @@ from torchvision.transforms import v2
 
 from deit_fast import ops
 from deit_fast.data.augmentation import Plan, Recipe, sample_plan
+from deit_fast.data.loader import TrainLoader
 from deit_fast.ops.augment import OP
 from syncs import CountSyncs
+
+from .training import made_up, trainer_figures
 
 if TYPE_CHECKING:
     from .machine import Machine, Row
@@ -42,7 +46,7 @@ SIZES = ((32, 4096, 50_000), (224, 256, 1_280))  # side, batch, images resident:
 
 
 def augmentation(machine: Machine) -> Iterator[Row]:
-    """Tests, synchronisations, speeds by size and recipe, and an epoch of CIFAR-10."""
+    """Tests, synchronisations, speeds by size and recipe, an epoch of CIFAR-10, the loader beside a training step."""
     yield tests(machine)
     copied = copy_speed(machine)
     yield "copy", {"gigabytes_per_second": copied}
@@ -51,26 +55,39 @@ def augmentation(machine: Machine) -> Iterator[Row]:
         labels = torch.randint(K, (M,), device=machine.device)
         for name, recipe in (("crop, flip, mix", PLAIN), ("with contrast", CONTRAST), ("full recipe", FULL),
                              ("resized crop, flip, mix", RESIZED)):
-            plan = sample_plan(recipe, torch.arange(B) * 37 % M, 0, 0, B, side, device=machine.device)
-            row = {"syncs": synchronisations(machine, partial(apply, machine, images, labels, plan))}
+            drawn = sample_plan(recipe, torch.arange(M // B * B) * 37 % M, 0, 0, B, side, device=machine.device)
+            plans = [drawn[start:start + B] for start in range(0, len(drawn), B)]
+            plan = plans[0]
+            row: dict[str, float | str] = {}
             for backend in usable(machine, images, labels, plan):
-                row |= speeds(machine, backend, images, labels, plan, copied)
+                call = partial(apply, machine, images, labels, plan, backend)
+                row[f"{backend} syncs"] = synchronisations(machine, call)
+                row |= speeds(machine, backend, images, labels, plans, copied)
             if recipe is PLAIN:
-                row |= peers(machine, images[:B], labels[:B])
+                others = peers(machine, images[:B], labels[:B])
+                fastest = min((value for name, value in others.items() if name.endswith(" ms")), default=float("nan"))
+                row |= others | {f"fastest peer / {backend}": fastest / row[f"{backend} eager ms"]
+                                 for backend in usable(machine, images, labels, plan)}
             yield f"{name}, {side} px, batch {B}", row
     yield epoch(machine)
+    for B in machine.batches:
+        yield loader_beside_a_step(machine, B)
 
 
 def tests(machine: Machine) -> Row:
-    """The op's tests on this machine, a skip of Triton counted as a failure; they replay a CUDA graph too."""
+    """The op's tests on this machine, a skip of Triton, or of CUDA where it is built, counted as a failure.
+
+    They replay a CUDA graph too.
+    """
+    cuda = OP.why_not_here("cuda")
     command = [sys.executable, "-m", "pytest", "tests/test_triton_augment.py", "-q", "-p", "no:cacheprovider"]
     command += ["-k", "slices"] if machine.rehearse else ["tests/test_augment.py"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=6 * 60, check=False,
-                            env={**os.environ, "DEIT_FAST_REQUIRE": "triton",
+                            env={**os.environ, "DEIT_FAST_REQUIRE": "triton" if cuda else "triton,cuda",
                                  "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])})
     lines = result.stdout.strip().splitlines()
     return "tests", {"exit": result.returncode, "result": lines[-1] if lines else result.stderr[-300:],
-                     "failed": [line for line in lines if line.startswith("FAILED")][:40]}
+                     "failed": [line for line in lines if line.startswith("FAILED")][:40], "cuda": cuda or "usable"}
 
 
 def copy_speed(machine: Machine) -> float:
@@ -111,20 +128,22 @@ def synchronisations(machine: Machine, call: Callable[[], object]) -> int | str:
     return 0
 
 
-def speeds(machine: Machine, backend: str, images: Tensor, labels: Tensor, plan: Plan,
+def speeds(machine: Machine, backend: str, images: Tensor, labels: Tensor, plans: list[Plan],
            copied: float) -> dict[str, float]:
-    """Milliseconds, and the share of the copy bandwidth: two reads and a write per pixel, a read more for the mean.
+    """Milliseconds of a batch, and the share of the copy bandwidth: two reads and a write per pixel.
 
-    The mean's extra read counts where the image does not stay on chip, past 2,048 pixels.
+    A graph makes a batch of every plan, each from other images, and keeps them all: more than the second-level cache
+    holds, so that nothing is read or written there only. Contrast's mean counts as a read more where the image does
+    not stay on chip, past 2,048 pixels.
     """
-    def call() -> tuple[Tensor, Tensor]:
+    def call(plan: Plan = plans[0]) -> tuple[Tensor, Tensor]:
         return apply(machine, images, labels, plan, backend)
 
     out, _ = call()
     pixels = out.numel()
-    second_pass = bool((plan.jitter[:, 1] != 1 << 16).any()) and pixels // len(plan) > 3 * 2048
+    second_pass = bool((plans[0].jitter[:, 1] != 1 << 16).any()) and pixels // len(plans[0]) > 3 * 2048
     moved = pixels * (2 + second_pass + out.element_size())  # bytes
-    graph = machine.milliseconds(call)
+    graph = machine.milliseconds(lambda: [call(plan) for plan in plans]) / len(plans)
     return {f"{backend} ms": graph, f"{backend} share of copy": 1e-6 * moved / graph / copied,
             f"{backend} eager ms": eager_milliseconds(machine, call)}
 
@@ -208,3 +227,24 @@ def epoch(machine: Machine) -> Row:
     for backend in usable(machine, images, labels, plan[:B]):
         row[f"{backend} ms"] = machine.milliseconds(partial(batches, backend))
     return f"epoch of {M} images, {side} px", row
+
+
+def drain(loader: TrainLoader) -> None:
+    """An epoch of its batches, used for nothing."""
+    for _ in loader.epoch(0):
+        pass
+
+
+def loader_beside_a_step(machine: Machine, batch_size: int) -> Row:
+    """Images per second of the loader alone, eagerly, with plans and launches, and of the report's training step."""
+    split, _ = made_up(*((8 * batch_size, 8) if machine.rehearse else (45_000, 32)))
+    step = trainer_figures(machine, batch_size, native=True, graphed=True)["images/s"]
+    row = {"training step images/s": step}
+    plan = sample_plan(FULL, torch.arange(1), 0, 0, 1, split.images.shape[-1], device=machine.device)
+    for backend in usable(machine, split.images[:1].to(machine.device), split.labels[:1].to(machine.device), plan):
+        loader = TrainLoader(split, FULL, MEAN, STD, K, batch_size, smoothing=0.1, device=machine.device,
+                             dtype=machine.variant.parameter, backend=backend)
+        milliseconds = eager_milliseconds(machine, partial(drain, loader), rounds=5)
+        row[f"{backend} loader images/s"] = 1e3 * loader.images_per_epoch / milliseconds
+        row[f"{backend} loader / step"] = row[f"{backend} loader images/s"] / step
+    return f"loader beside a training step, batch {batch_size}", row

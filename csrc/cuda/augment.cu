@@ -1,5 +1,5 @@
-// Augmentation of a batch on a GPU. Rows that are resized come first, as uint8 tiles that then serve as sources; the rest
-// is one pass over the output: small images from shared memory, others in slices from where they lie.
+// Augmentation of a batch on a GPU. Rows that are resized come first, as uint8 tiles that then serve as sources; the
+// rest is one pass over the output: small images from shared memory, others in slices from where they lie.
 //
 // A thread makes four neighbours of a row at a time, straight from the uint8 source: crop and flip are an address, the
 // color operations are functions of the pixel once contrast's mean is known, and the mixing partner is the same

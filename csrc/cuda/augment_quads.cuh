@@ -1,5 +1,5 @@
-// Four neighbouring pixels of an output row, which one thread makes at a time: read, colored, normalised, erased, mixed,
-// and stored as vectors. The branches are the same for all threads of a block, but for those on boxes.
+// Four neighbouring pixels of an output row, which one thread makes at a time: read, colored, normalised, erased,
+// mixed, and stored as vectors. The branches are the same for all threads of a block, but for those on boxes.
 #pragma once
 
 #include "augment_rows.cuh"
@@ -21,8 +21,8 @@ __device__ uint32_t four_bytes(const uint8_t* line, int32_t x, int32_t width) {
     return __funnelshift_r(word(first), word(last), 8 * (uint32_t(x) & 3u));
 }
 
-// Pixels (y, x) to (y, x + 3) after crop and flip; 0 in the padding. `pixels` is row.image, whose offsets have 64 bits, or
-// its copy in shared memory, where 32 do.
+// Pixels (y, x) to (y, x + 3) after crop and flip; 0 in the padding. `pixels` is row.image, whose offsets have 64 bits,
+// or its copy in shared memory, where 32 do.
 template <class Offset>
 __device__ Quad read_quad(const Args& a, const Row& row, const uint8_t* pixels, int32_t y, int32_t x) {
     Quad quad = {};
@@ -72,8 +72,8 @@ __device__ void color_quad(const Row& row, int steps, Quad& quad) {
     }
 }
 
-// The gray values that contrast sees of an output image's quads first + threadIdx.x, + blockDim.x, ... below last: their
-// sum. Quads are counted along the rows, ceil_div(width, QUAD) in each.
+// The sum of the gray values that contrast sees in an output image's quads first + threadIdx.x, + blockDim.x, ... below
+// last. Quads are counted along the rows, ceil_div(width, QUAD) in each.
 template <class Offset>
 __device__ int64_t sum_grays(const Args& a, const Row& row, const uint8_t* pixels, uint32_t first, uint32_t last) {
     const uint32_t quads = ceil_div(uint32_t(a.width), uint32_t(QUAD));

@@ -1,6 +1,6 @@
-// Small images: a block makes a whole one at a time, from pixels in shared memory, and as many blocks as fit the GPU take
-// turns. While an image is made, the next one's pixels and its partner's are on their way, and the plan's rows of the
-// one after.
+// Small images: a block makes a whole one at a time, from pixels in shared memory, and as many blocks as fit the GPU
+// take turns. While an image is made, the next one's pixels and its partner's are on their way, and the plan's rows of
+// the one after.
 #pragma once
 
 #include <cuda_pipeline.h>

@@ -1,5 +1,5 @@
-// What a call keeps in its workspace: the parts of every row's sum of grays, and, where rows are resized, the tiles that
-// they become and the weights of that.
+// What a call keeps in its workspace: the parts of every row's sum of grays, and, where rows are resized, the tiles
+// that they become and the weights of that.
 #pragma once
 
 #include "augment_filter.h"

@@ -175,10 +175,16 @@ def _mixing(recipe: Recipe, draw: Draw, position: Tensor, start: Tensor, partner
         words = draw(shared, field.CUT)
         if recipe.cutmix_minmax is not None:
             box = _minmax_box(words, recipe.cutmix_minmax, size)
+            drawn = None
         else:
-            box = _cutmix_box(words, beta_table(recipe.cutmix, position.device)[quantile], size)
+            drawn = beta_table(recipe.cutmix, position.device)[quantile]
+            box = _cutmix_box(words, drawn, size)
         cut = box * (mixed & cuts)[:, None]
-        lam = torch.where(cuts, 1 - (box[:, 2] * box[:, 3]).double() / (H * W), lam)
+        area = box[:, 2] * box[:, 3]
+        left = 1 - area.double() / (H * W)
+        if drawn is not None and not recipe.correct_lam:
+            left = torch.where(area > 0, drawn, 1.0)  # a lambda without a box would be MixUp's
+        lam = torch.where(cuts, left, lam)
     lam = torch.where(mixed, lam, 1.0).float()
     return {"partner": torch.where(mixed, partner, position) - start, "lam": lam, "cut": cut.int()}
 

@@ -22,11 +22,11 @@ from torch.utils.data import get_worker_info
 from deit_fast.data.augmentation import Plan, Recipe, sample_plan
 from deit_fast.data.loader import centred_plan
 from deit_fast.ops import augment
-from deit_fast.reference.augment import erase, mix, mixed_targets, output_size, source_size
+from deit_fast.reference.augment import erase, mix, mix_targets, mixed_targets, output_size, source_size
 
 # timm's names of the recipe's mixing fields
 MIXING = {"mixup_alpha": "mixup", "cutmix_alpha": "cutmix", "cutmix_minmax": "cutmix_minmax", "prob": "mixup_prob",
-          "switch_prob": "mixup_switch_prob", "mode": "mixup_mode"}  # fmt: skip
+          "switch_prob": "mixup_switch_prob", "mode": "mixup_mode", "correct_lam": "correct_lam"}  # fmt: skip
 AFTER_NORMALISATION = {*MIXING.values(), "reprob", "remode", "recount"}
 # all others but alternating_flip, which needs to know an image again
 TRANSFORMS = [field.name for field in fields(Recipe) if field.name not in {*MIXING.values(), "alternating_flip"}]
@@ -36,9 +36,10 @@ DRAWN_AHEAD = 16  # batches; a plan costs some hundred small operations however 
 class BatchAugment(nn.Module):
     """Augmented, normalised images and soft targets from a batch: `images, targets = augment(images, labels)`.
 
-    Takes images (B, 3, H, W) or (B, H, W, 3) uint8 and labels (B,) of any integer dtype, on one device; returns images
-    (B, 3, H', W') and targets (B, K) float32, which a loss with soft targets takes and must not smooth again. Nothing
-    is changed in place. A batch may have any size, odd ones included: the middle image of an odd batch is not mixed.
+    Takes images (B, 3, H, W) or (B, H, W, 3) uint8 and labels on one device: (B,) class numbers of any integer dtype,
+    or (B, K) probabilities or one-hots of any dtype, as torchvision's. Returns images (B, 3, H', W') and targets (B, K)
+    float32, which a loss with soft targets takes and must not smooth again. Nothing is changed in place. A batch may
+    have any size, odd ones included: the middle image of an odd batch is not mixed.
 
     Float images, any (B, C, H, W), count as normalised already, which is what timm's and torchvision's mixing take:
     they are erased (C = 3) and mixed, in plain PyTorch by the op's specification, and keep their dtype. Transforms that
@@ -48,9 +49,10 @@ class BatchAugment(nn.Module):
     targets are one-hot, without smoothing. `mixup_enabled = False` ends mixing and keeps the rest, as in timm.
 
     Args:
-        mixup_alpha, cutmix_alpha, cutmix_minmax, prob, switch_prob, mode, label_smoothing, num_classes: as timm's
-            `Mixup`, with its defaults (which are MixUp with alpha 1 and smoothing 0.1). Lambda is always corrected to
-            the area of a clipped box, and labels are class numbers: there is no `correct_lam` and no `multi_label`.
+        mixup_alpha, cutmix_alpha, cutmix_minmax, prob, switch_prob, mode, correct_lam, label_smoothing, num_classes,
+            multi_label: as timm's `Mixup`, with its defaults (which are MixUp with alpha 1 and smoothing 0.1). Labels
+            (B, K) are smoothed to (1 - eps) y + eps / K, as one-hots are; with multi_label, which takes no other, each
+            of the K towards one half, (1 - eps) y + eps / 2.
         mean, std: of the three channels on the scale 0..1; uint8 images need them.
         size: H', or (H', W'); default: the images' own.
         seed: of all draws, 64 bits.
@@ -71,20 +73,22 @@ class BatchAugment(nn.Module):
 
     def __init__(self, *, mixup_alpha: float = 1.0, cutmix_alpha: float = 0.0,
                  cutmix_minmax: tuple[float, float] | None = None, prob: float = 1.0, switch_prob: float = 0.5,
-                 mode: str = "batch", label_smoothing: float = 0.1, num_classes: int = 1000,
-                 mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
-                 size: int | tuple[int, int] | None = None, seed: int = 0, dtype: torch.dtype | None = None,
-                 channels_last: bool = False, backend: str | None = None, **transforms: object) -> None:
+                 mode: str = "batch", correct_lam: bool = True, label_smoothing: float = 0.1,
+                 num_classes: int = 1000, multi_label: bool = False, mean: Sequence[float] | None = None,
+                 std: Sequence[float] | None = None, size: int | tuple[int, int] | None = None, seed: int = 0,
+                 dtype: torch.dtype | None = None, channels_last: bool = False, backend: str | None = None,
+                 **transforms: object) -> None:
         super().__init__()
         unknown = sorted(set(transforms) - set(TRANSFORMS))
         if unknown:
             raise TypeError(f"BatchAugment: unknown argument {unknown[0]!r}. Transforms: {', '.join(TRANSFORMS)}.")
         self.recipe = Recipe(
             mixup=mixup_alpha, cutmix=cutmix_alpha, mixup_prob=prob, mixup_switch_prob=switch_prob, mixup_mode=mode,
-            cutmix_minmax=None if cutmix_minmax is None else tuple(cutmix_minmax), **transforms,
+            correct_lam=correct_lam, cutmix_minmax=None if cutmix_minmax is None else tuple(cutmix_minmax),
+            **transforms,
         )  # fmt: skip
         self.mean, self.std = (None if values is None else tuple(values) for values in (mean, std))
-        self.num_classes, self.smoothing = num_classes, label_smoothing
+        self.num_classes, self.smoothing, self.multi_label = num_classes, label_smoothing, multi_label
         self.size, self.dtype, self.channels_last, self.backend = size, dtype, channels_last, backend
         self.mixup_enabled = True
         self.seed, self.epoch, self.position = seed, 0, 0  # position: images seen in this epoch
@@ -104,11 +108,39 @@ class BatchAugment(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, H', W') and (B, K); images: (B, 3, H, W), (B, H, W, 3) uint8 or (B, C, H, W) float; labels: (B,)."""
-        labels = _checked(images, labels)
+        """(B, 3, H', W') and (B, K) of images (B, 3, H, W), (B, H, W, 3) uint8 or (B, C, H, W) float and labels (B,) or
+        (B, K).
+        """
+        labels = self._checked(images, labels)
         if images.dtype == torch.uint8:
             return self._from_pixels(images.as_subclass(Tensor), labels)
         return self._from_floats(images.as_subclass(Tensor), labels)
+
+    def _checked(self, images: Tensor, labels: Tensor) -> Tensor:
+        """labels, class numbers as int64; TypeError or ValueError for what is no batch."""
+        if not isinstance(images, Tensor) or not isinstance(labels, Tensor):
+            raise TypeError(f"BatchAugment: takes two tensors, images and labels, got {type(images).__name__} and "
+                            f"{type(labels).__name__}.")
+        if images.dtype != torch.uint8 and not images.is_floating_point():
+            raise TypeError("BatchAugment: images must be uint8, or float when they are normalised, got "
+                            f"{images.dtype}.")
+        if images.dim() != 4:
+            raise ValueError(f"BatchAugment: images must be a batch of four dimensions, got {tuple(images.shape)}.")
+        dense = (len(images), self.num_classes)
+        if labels.is_complex():
+            raise TypeError(f"BatchAugment: labels must be numbers, got {labels.dtype}.")
+        if labels.dim() == 2 or self.multi_label:
+            if labels.shape != dense:
+                what = "of multi_label" if self.multi_label else "that are no class numbers (B,)"
+                raise ValueError(f"BatchAugment: labels {what} must have shape (B, num_classes) = {dense}, got "
+                                 f"{tuple(labels.shape)}.")
+            return labels
+        if labels.is_floating_point() or labels.dtype == torch.bool:
+            raise TypeError(f"BatchAugment: class numbers (B,) must have an integer dtype, got {labels.dtype}. "
+                            f"Probabilities have shape (B, num_classes) = {dense}.")
+        if labels.shape != images.shape[:1]:
+            raise ValueError(f"BatchAugment: labels must have shape ({len(images)},), got {tuple(labels.shape)}.")
+        return labels.long()
 
     def _from_pixels(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         if self.mean is None or self.std is None:
@@ -119,8 +151,10 @@ class BatchAugment(nn.Module):
             plan = self._next_plan(len(images), source, size, images.device)
         else:
             plan = centred_plan(torch.arange(len(images), device=images.device), source, size)
-        return augment(images, labels, plan, self.mean, self.std, self.num_classes, size, self._smoothing(),
-                       self.dtype or torch.float32, self.channels_last, backend=self.backend)  # fmt: skip
+        classes = labels if labels.dim() == 1 else labels.new_zeros(len(labels), dtype=torch.int64)
+        images, targets = augment(images, classes, plan, self.mean, self.std, self.num_classes, size, self._smoothing(),
+                                  self.dtype or torch.float32, self.channels_last, backend=self.backend)  # fmt: skip
+        return images, targets if labels.dim() == 1 else self._targets(labels, plan)
 
     def _from_floats(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Erased and mixed, at the place in the op's order where a normalised image is."""
@@ -135,8 +169,7 @@ class BatchAugment(nn.Module):
         else:
             plan = centred_plan(torch.arange(len(images), device=images.device), size, size)
         format = torch.channels_last if self.channels_last else torch.contiguous_format
-        targets = mixed_targets(labels, plan.partner, plan.lam, self.num_classes, self._smoothing())
-        return images.to(dtype).contiguous(memory_format=format), targets
+        return images.to(dtype).contiguous(memory_format=format), self._targets(labels, plan)
 
     def _check_floats(self, images: Tensor, labels: Tensor) -> None:
         early = [name for name in TRANSFORMS if name not in AFTER_NORMALISATION
@@ -151,8 +184,17 @@ class BatchAugment(nn.Module):
                              "uint8 images to crop, or leave size out.")
         if labels.device != images.device:
             raise ValueError(f"BatchAugment: labels must be on {images.device} like the images, got {labels.device}.")
-        if labels.device.type == "cpu" and not ((labels >= 0) & (labels < self.num_classes)).all():
+        classes = labels if labels.dim() == 1 else labels[:0, 0]
+        if classes.device.type == "cpu" and not ((classes >= 0) & (classes < self.num_classes)).all():
             raise ValueError(f"BatchAugment: labels must be in [0, {self.num_classes - 1}], got {labels.tolist()}.")
+
+    def _targets(self, labels: Tensor, plan: Plan) -> Tensor:
+        """(B, K) smoothed and mixed; labels: (B,) or (B, K)."""
+        smoothing = self._smoothing()
+        if labels.dim() == 1:
+            return mixed_targets(labels, plan.partner, plan.lam, self.num_classes, smoothing)
+        towards = 0.5 if self.multi_label else 1 / self.num_classes
+        return mix_targets(labels.float() * (1 - smoothing) + smoothing * towards, plan.partner, plan.lam)
 
     def _smoothing(self) -> float:
         return self.smoothing if self.training else 0.0
@@ -171,20 +213,3 @@ class BatchAugment(nn.Module):
             self._drawn = whose, first, plan
         start = first - self._drawn[1]
         return self._drawn[2][start : start + B]
-
-
-def _checked(images: Tensor, labels: Tensor) -> Tensor:
-    """labels as int64; TypeError or ValueError for what is no batch."""
-    if not isinstance(images, Tensor) or not isinstance(labels, Tensor):
-        raise TypeError(f"BatchAugment: takes two tensors, images and labels, got {type(images).__name__} and "
-                        f"{type(labels).__name__}.")
-    if images.dtype != torch.uint8 and not images.is_floating_point():
-        raise TypeError(f"BatchAugment: images must be uint8, or float when they are normalised, got {images.dtype}.")
-    if images.dim() != 4:
-        raise ValueError(f"BatchAugment: images must be a batch of four dimensions, got {tuple(images.shape)}.")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"BatchAugment: labels must be class numbers (B,) of an integer dtype, got {labels.dtype} "
-                        f"{tuple(labels.shape)}. Soft labels are not mixed.")
-    if labels.shape != images.shape[:1]:
-        raise ValueError(f"BatchAugment: labels must have shape ({len(images)},), got {tuple(labels.shape)}.")
-    return labels.long()

@@ -37,8 +37,9 @@ class Recipe:
     after that. reprob: probability of random erasing in 1 to `recount` boxes, by N(0, 1) noise (remode "pixel"), one
     N(0, 1) color per box ("rand") or the mean color ("const"). mixup, cutmix: the alphas of Beta(alpha, alpha);
     cutmix_minmax: the range of the CutMix box's sides as fractions of the image's, instead of cutmix's alpha.
-    mixup_prob: probability of mixing at all; mixup_switch_prob: of CutMix when both are on. mixup_mode: one draw per
-    "batch", per "pair" or per "elem" (timm's Mixup).
+    correct_lam: whether CutMix's lambda becomes what the clipped box leaves of the image, not what was drawn (boxes of
+    cutmix_minmax always set it). mixup_prob: probability of mixing at all; mixup_switch_prob: of CutMix when both are
+    on. mixup_mode: one draw per "batch", per "pair" or per "elem" (timm's Mixup).
     """
 
     crop_pad: int = 0
@@ -61,6 +62,7 @@ class Recipe:
     mixup: float = 0.0
     cutmix: float = 0.0
     cutmix_minmax: tuple[float, float] | None = None
+    correct_lam: bool = True
     mixup_prob: float = 1.0
     mixup_switch_prob: float = 0.5
     mixup_mode: str = "batch"

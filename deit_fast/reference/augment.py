@@ -174,5 +174,9 @@ def mixed_targets(labels: Tensor, partner: Tensor, lam: Tensor, num_classes: int
     """(B, K) fp32: one-hots smoothed to 1 - eps + eps / K and eps / K, mixed with the partner's; labels: (B,)."""
     off = smoothing / num_classes
     hot = labels[:, None] == torch.arange(num_classes, device=labels.device)
-    own = torch.where(hot, 1 - smoothing + off, off).float()
+    return mix_targets(torch.where(hot, 1 - smoothing + off, off).float(), partner, lam)
+
+
+def mix_targets(own: Tensor, partner: Tensor, lam: Tensor) -> Tensor:
+    """Targets own (B, K) fp32 mixed with those of the partners; partner, lam: (B,)."""
     return fma(own, lam[:, None], own[partner] * (1 - lam[:, None]))

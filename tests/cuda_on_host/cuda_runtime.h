@@ -1,10 +1,11 @@
 // What csrc/cuda uses of CUDA, on a CPU, so that its kernels can be tested where there is no GPU.
 //
 // Blocks run one after the other; a block's threads are coroutines that change places only where they wait for each
-// other, so barriers and shuffles mean what they mean on a GPU: nobody passes before all have come. Between two barriers
-// threads run in one order or the other, and copies to shared memory happen at once or as late as they may (see
-// `Schedule`): a kernel that lacks a barrier or a wait gives other results in some of them. Waiting at different barriers
-// is an error, and so is ending while others wait. Shared memory starts as garbage in every block.
+// other, so barriers and shuffles mean what they mean on a GPU: nobody passes before all have come. Between two
+// barriers threads run in one order or the other, and copies to shared memory happen at once or as late as they may
+// (see `Schedule`): a kernel that lacks a barrier or a wait gives other results in some of them. Waiting at different
+// barriers is an error, and so is ending while others wait, and a vector that is not aligned. Dynamic shared memory
+// starts as garbage in every block.
 #pragma once
 
 #include <ucontext.h>
@@ -215,8 +216,8 @@ struct cudaLaunchConfig_t {
 };
 
 template <class... Parameters, class... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
-    on_host::run_grid(config->gridDim.x, config->blockDim.x, config->dynamicSmemBytes, [&] { kernel(arguments...); });
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... given) {
+    on_host::run_grid(config->gridDim.x, config->blockDim.x, config->dynamicSmemBytes, [&] { kernel(given...); });
     return on_host::last_error;
 }
 

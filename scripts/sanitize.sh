@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs the parity suite and the random calls against CPU kernels built with AddressSanitizer and UBSan, in a copy of the
-# repository, so that the build in place stays as it is. Takes about 20 minutes on 2 cores.
+# repository, so that the build in place stays as it is; then the CUDA kernels' tests on a CPU. Takes about 20 minutes
+# on 2 cores.
 #
 #   scripts/sanitize.sh [isa ...]      default: the set that the processor would use, and generic
 #   PYTHON=...                         the interpreter (python3)
@@ -41,3 +42,6 @@ for isa in "${@:-}" generic; do
         tests/test_cpu_kernels.py \
         tests/test_cpu_attention.py tests/test_augment.py -k "not instruction_set and not compile"
 done
+echo "== the CUDA kernels on a CPU"
+CUDA_ON_HOST_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -g1" \
+    "$python" -m pytest -q -p no:cacheprovider tests/test_cuda_on_host.py

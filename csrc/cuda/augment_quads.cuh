@@ -8,6 +8,11 @@ namespace {
 
 constexpr int QUAD = 4;
 
+// Quads are counted along the output's rows; the last of a row may be cut short.
+inline __host__ __device__ uint32_t quads_of_row(const Args& a) { return ceil_div(uint32_t(a.width), uint32_t(QUAD)); }
+
+inline __host__ __device__ uint32_t quads_of(const Args& a) { return uint32_t(a.height) * quads_of_row(a); }
+
 struct Quad {
     int32_t c[3][QUAD];  // 0 to 255
 };
@@ -73,13 +78,13 @@ __device__ void color_quad(const Row& row, int steps, Quad& quad) {
 }
 
 // The sum of the gray values that contrast sees in an output image's quads first + threadIdx.x, + blockDim.x, ... below
-// last. Quads are counted along the rows, ceil_div(width, QUAD) in each.
+// last.
 template <class Offset>
 __device__ int64_t sum_grays(const Args& a, const Row& row, const uint8_t* pixels, uint32_t first, uint32_t last) {
-    const uint32_t quads = ceil_div(uint32_t(a.width), uint32_t(QUAD));
+    const uint32_t row_quads = quads_of_row(a);
     int64_t sum = 0;
     for (uint32_t q = first + threadIdx.x; q < last; q += blockDim.x) {
-        const auto y = int32_t(q / quads), x = int32_t(q % quads) * QUAD;
+        const auto y = int32_t(q / row_quads), x = int32_t(q % row_quads) * QUAD;
         Quad quad = read_quad<Offset>(a, row, pixels, y, x);
         color_quad(row, row.contrast, quad);
 #pragma unroll
@@ -213,9 +218,9 @@ __device__ void store_quad(const Args& a, int64_t i, int32_t y, int32_t x, const
 template <int DTYPE, class Offset>
 __device__ void make_quads(const Args& a, const Work& work, const uint8_t* own, const uint8_t* partner, int64_t i,
                            uint32_t first, uint32_t last) {
-    const uint32_t quads = ceil_div(uint32_t(a.width), uint32_t(QUAD));
+    const uint32_t row_quads = quads_of_row(a);
     for (uint32_t q = first + threadIdx.x; q < last; q += blockDim.x) {
-        const auto y = int32_t(q / quads), x = int32_t(q % quads) * QUAD;
+        const auto y = int32_t(q / row_quads), x = int32_t(q % row_quads) * QUAD;
         float value[3][QUAD];
         mix_quad<Offset>(a, work, own, partner, y, x, value);
         store_quad<DTYPE>(a, i, y, x, value);

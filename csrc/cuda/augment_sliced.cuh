@@ -10,10 +10,6 @@ constexpr int SLICED_THREADS = 256, SLICED_BLOCKS = 4;  // blocks that a multipr
 constexpr uint32_t SLICE = 2 * SLICED_THREADS;          // quads of a block
 constexpr uint32_t PART = 8 * SLICED_THREADS;           // quads of a block that sums, at least
 
-inline __host__ __device__ uint32_t quads_of(const Args& a) {
-    return uint32_t(a.height) * ceil_div(uint32_t(a.width), uint32_t(QUAD));
-}
-
 inline __host__ __device__ uint32_t slices_of(const Args& a) { return ceil_div(quads_of(a), SLICE); }
 
 inline __host__ __device__ uint32_t parts_of(const Args& a) {

@@ -65,25 +65,26 @@ __global__ void __launch_bounds__(STAGED_THREADS, STAGED_BLOCKS) augment_staged_
     __shared__ Work ring[3];  // of the image that is made, the next, and the one after
     auto* const pixels = reinterpret_cast<uint8_t*>(staged_pixels);
     const auto bytes = int32_t(staged_bytes(a));
-    const uint32_t quads = uint32_t(a.height) * ceil_div(uint32_t(a.width), uint32_t(QUAD));
+    const auto buffer = [=](int turn) { return pixels + turn % 2 * 2 * bytes; };
+    const uint32_t quads = quads_of(a);
     const int64_t stride = gridDim.x;
 #pragma unroll 1
     for (int turn = 0; turn < 2; ++turn) {
         if (blockIdx.x + turn * stride < a.B) load_work(a, blockIdx.x + turn * stride, ring[turn]);
     }
     __syncthreads();
-    stage(a, ring[0], pixels);
+    stage(a, ring[0], buffer(0));
     __pipeline_commit();
     int turn = 0;
     for (int64_t i = blockIdx.x; i < a.B; i += stride, ++turn) {
-        if (i + stride < a.B) stage(a, ring[(turn + 1) % 3], pixels + (turn + 1) % 2 * 2 * bytes);
+        if (i + stride < a.B) stage(a, ring[(turn + 1) % 3], buffer(turn + 1));
         __pipeline_commit();
-        if (i + 2 * stride < a.B) load_work(a, i + 2 * stride, ring[(turn + 2) % 3]);
         __pipeline_wait_prior(1);
-        __syncthreads();  // this image is there, and the row after the next
+        __syncthreads();  // this image is there
         Work& work = ring[turn % 3];
-        const uint8_t *own = pixels + turn % 2 * 2 * bytes, *partner = own + bytes;
+        const uint8_t *own = buffer(turn), *partner = own + bytes;
         find_contrast(a, work, own, partner, quads);
+        if (i + 2 * stride < a.B) load_work(a, i + 2 * stride, ring[(turn + 2) % 3]);  // one warp; the others go on
         make_quads<DTYPE, int32_t>(a, work, own, partner, i, 0, quads);
         write_targets(a, work, i);
         __syncthreads();  // nobody reads this image or its rows any more

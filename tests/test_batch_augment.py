@@ -317,7 +317,8 @@ def test_kernels_are_refused_in_workers() -> None:
 
 
 def test_recipes_fields_are_its_arguments() -> None:
-    mix = BatchAugment(**BOTH, **FULL, cutmix_minmax=[0.2, 0.8], prob=0.7, switch_prob=0.3, mode="pair")
-    given = {"mixup": 0.8, "cutmix": 1.0, "cutmix_minmax": (0.2, 0.8), "correct_lam": True, "mixup_prob": 0.7, "mixup_switch_prob": 0.3,
-             "mixup_mode": "pair"}  # fmt: skip
+    mix = BatchAugment(**BOTH, **FULL, cutmix_minmax=[0.2, 0.8], correct_lam=False, prob=0.7,
+                       switch_prob=0.3, mode="pair")
+    given = {"mixup": 0.8, "cutmix": 1.0, "cutmix_minmax": (0.2, 0.8), "mixup_prob": 0.7, "mixup_switch_prob": 0.3,
+             "mixup_mode": "pair", "correct_lam": False}  # fmt: skip
     assert asdict(mix.recipe) == asdict(Recipe(**FULL, **given))

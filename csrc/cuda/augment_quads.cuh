@@ -95,11 +95,10 @@ __device__ int64_t sum_grays(const Args& a, const Row& row, const uint8_t* pixel
     return sum;
 }
 
-// The block's sum of x, in every thread; at most 1,024 threads, whole warps.
+// The block's sum of x, in every thread; at most 1,024 threads, whole warps. Between two calls lies a barrier.
 __device__ int64_t block_sum(int64_t x) {
     __shared__ int64_t partial[32];
     for (int offset = 16; offset > 0; offset /= 2) x += __shfl_down_sync(0xffffffffu, x, offset);
-    __syncthreads();  // the last call's readers are done
     if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = x;
     __syncthreads();
     x = 0;

@@ -40,13 +40,13 @@ def assert_equal(inputs: tuple[Tensor, Tensor, Plan], size: tuple[int, int], **s
     (5, (28, 28), (28, 28), "chw"), (4, (64, 64), (64, 64), "chw"),  # the smallest and the largest that are staged
     (4, (28, 36), (20, 28), "hwc"), (4, (16, 16), (33, 64), "chw"),  # tiles smaller and larger than images; odd sides
     (4, (30, 30), (32, 31), "chw"), (4, (64, 65), (64, 63), "hwc"),  # not whole vectors; too large
-    (2, (100, 90), (160, 120), "chw"),  # several slices, several parts of the sum
+    (5, (100, 90), (160, 120), "chw"),  # several slices, several parts of the sum
 ])
 def test_every_order_of_threads(B: int, source, size, layout: str, schedule: str) -> None:
     """Missing barriers and waits give other numbers in some order."""
     with cuda_on_host.schedule(schedule):
         for seed in range(2):
-            assert_equal(batch(B, source, size, layout, seed), size, channels_last=seed == 0)
+            assert_equal(batch(B, source, size, layout, seed, resizes=seed == 0), size, channels_last=seed == 0)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -61,7 +61,7 @@ def test_widths(width: int, dtype: torch.dtype, channels_last: bool) -> None:
 @pytest.mark.parametrize("side", [32, 72])
 def test_images_anywhere(offset: int, side: int) -> None:
     """Images that begin at no multiple of 16, or of 4, bytes are neither copied by vectors nor read by words."""
-    images, labels, plan = batch(3, (side, side), (side, side))
+    images, labels, plan = batch(3, (side, side), (side, side), resizes=False)  # whose tiles would be aligned
     space = torch.zeros(images.numel() + 64 + offset, dtype=torch.uint8)
     moved = space[-space.data_ptr() % 64 + offset:][:images.numel()].view(images.shape).copy_(images)
     assert moved.data_ptr() % 64 == offset
@@ -73,7 +73,7 @@ def test_images_anywhere(offset: int, side: int) -> None:
                                     (8192, 2048, 64, 1), (8192, 2048, 64, 2), (8192, 1, 256, 4)])
 def test_strides(pixels: tuple[int, int, int, int]) -> None:
     """Dense, padded, gray and interleaved images; strides of image, channel, y and x."""
-    labels, plan = torch.arange(9) % 10, random_plan(4, 9, (32, 32), (32, 32), seed=1)
+    labels, plan = torch.arange(9) % 10, random_plan(4, 9, (32, 32), (32, 32), resizes=False)
     space = random_images(1, 1, 9 * 8192).flatten()
     space = space[-space.data_ptr() % 64:]
     assert_equal((space.as_strided((9, 3, 32, 32), pixels), labels, plan), (32, 32))

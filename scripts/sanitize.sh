@@ -39,8 +39,8 @@ for isa in "${@:-}" generic; do
     fi
     "$python" -m pytest -q -p no:cacheprovider tests/test_parity.py -k "cpu and test_eager"
     "$python" -m pytest -q -p no:cacheprovider tests/test_random_calls.py tests/test_encoder_block.py \
-        tests/test_cpu_kernels.py \
-        tests/test_cpu_attention.py tests/test_augment.py -k "not instruction_set and not compile"
+        tests/test_freeze.py tests/test_cpu_kernels.py tests/test_cpu_attention.py tests/test_augment.py \
+        -k "not instruction_set and not compile"
 done
 echo "== the CUDA kernels on a CPU"
 CUDA_ON_HOST_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -g1" \

@@ -14,7 +14,8 @@ from deit_fast.training import config as c
 
 # The contract with users and with saved config.yaml files. Change it on purpose only, and say so in the change log.
 OPTIONS = {
-    "data_set": "auto", "data_path": None, "download": True, "input_size": None, "val_split": 0.1, "batch_size": 64,
+    "data_set": "auto", "data_path": None, "data_name": None, "download": True, "input_size": None,
+    "val_split": 0.1, "batch_size": 64,
     "eval_batch_size": 256, "data_loading": "auto", "workers": 2, "repeated_aug": False, "aug_repeats": 3,
     "skip_bad_images": False, "data_seed": 0,
     "aug": True, "train_crop_mode": "none", "scale": [0.08, 1.0], "ratio": [3 / 4, 4 / 3],
@@ -47,7 +48,8 @@ CHOICES = {
     "eval_metric": "top1 top5 auc f1 precision recall loss", "train_crop_mode": "none rrc auto",
     "train_interpolation": "bilinear bicubic random", "padding_mode": "constant reflect",
 }
-TEXTS = {"data_path": "/d", "aa": "rand-m9-mstd0.5-inc1", "model": "deit_tiny_distilled_patch4_32",
+TEXTS = {"data_path": "/d", "data_name": "Digits (JPEG copy)", "aa": "rand-m9-mstd0.5-inc1",
+         "model": "deit_tiny_distilled_patch4_32",
          "finetune": "w.pt", "teacher_model": "resnet18", "teacher_path": "t.pt", "teacher_cache": "/c",
          "output_dir": "runs/x", "device": "cuda:1", "resume": "auto"}
 

@@ -10,31 +10,27 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from cpu.models import MODEL, timm_model
 from torch import Tensor
 
 from deit_fast import create_model, freeze, use_backend
-from deit_fast.kernels import cpu
+from deit_fast.kernels import cpu as kernels
 from deit_fast.models import VisionTransformer
-
-MODEL = "deit_nano_distilled_patch4_32"
-
-
-def timm_model(ours: VisionTransformer) -> torch.nn.Module:
-    """timm's model with our weights."""
-    deit = pytest.importorskip("timm.models.deit", reason="timm is the peer: pip install -e '.[bench]'")
-    model = deit.VisionTransformerDistilled(img_size=32, patch_size=4, embed_dim=64, depth=7, num_heads=8,
-                                            num_classes=10)
-    model.load_state_dict(ours.state_dict())
-    return model.eval()
 
 
 def candidate(who: str, model: VisionTransformer) -> tuple[Callable[[Tensor], Tensor], str | None]:
     """(what computes the logits, the backend that it runs under)."""
     if who.startswith("frozen"):
-        if cpu.why_not():
-            pytest.skip(cpu.why_not())
+        if kernels.why_not():
+            pytest.skip(kernels.why_not())
         return freeze(model, torch.bfloat16 if who.endswith("bf16") else torch.float32), None
-    return timm_model(model) if who == "timm" else model, None if who == "fused" else "reference"
+    if who == "timm":
+        peer = timm_model()
+        if peer is None:
+            pytest.skip("timm is the peer: pip install -e '.[bench]'")
+        peer.load_state_dict(model.state_dict())
+        return peer.eval(), "reference"
+    return model, None if who == "fused" else "reference"
 
 
 @pytest.mark.parametrize("who", ["fused", "frozen", "frozen bf16", "reference", "timm"])

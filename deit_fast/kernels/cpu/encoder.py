@@ -35,11 +35,11 @@ class Frozen:
 
     def __init__(self, dtype: torch.dtype, parameters: list[Tensor | None], num_heads: int, eps: float) -> None:
         is_bf16 = dtype == torch.bfloat16
-        self.width, self.features = parameters[0].shape[0], _features(parameters)
+        self.features = _features(parameters)
         self.tensors = [None if tensor is None else self._kept(tensor.detach(), is_bf16) for tensor in parameters]
         arguments = [(launch.pointer(kept), PACKED) if tensor is not None and tensor.dim() == 2 else
                      launch.parameter(kept) for tensor, kept in zip(parameters, self.tensors, strict=True)]
-        self.encoder = module.Encoder(is_bf16, self.width, num_heads, eps, arguments, self.features)
+        self.encoder = module.Encoder(is_bf16, parameters[0].shape[0], num_heads, eps, arguments, self.features)
 
     def __call__(self, x: Tensor) -> Tensor:
         """out (B, N, C) of contiguous x (B, N, C)."""

@@ -184,8 +184,8 @@ class BatchAugment(nn.Module):
                              "uint8 images to crop, or leave size out.")
         if labels.device != images.device:
             raise ValueError(f"BatchAugment: labels must be on {images.device} like the images, got {labels.device}.")
-        classes = labels if labels.dim() == 1 else labels[:0, 0]
-        if classes.device.type == "cpu" and not ((classes >= 0) & (classes < self.num_classes)).all():
+        numbers = labels.dim() == 1 and labels.device.type == "cpu"
+        if numbers and not ((labels >= 0) & (labels < self.num_classes)).all():
             raise ValueError(f"BatchAugment: labels must be in [0, {self.num_classes - 1}], got {labels.tolist()}.")
 
     def _targets(self, labels: Tensor, plan: Plan) -> Tensor:

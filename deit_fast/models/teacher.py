@@ -13,11 +13,35 @@ from collections.abc import Mapping
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 STEMS = ("imagenet", "cifar")
 _WITHOUT_AUXILIARY_HEADS = {"aux_logits": False, "init_weights": True}
 _SETTINGS = {"googlenet": _WITHOUT_AUXILIARY_HEADS, "inception_v3": _WITHOUT_AUXILIARY_HEADS}
 _RESNETS = ("resnet", "resnext", "wide_resnet")
+
+
+class OnePixelConv2d(nn.Conv2d):
+    """nn.Conv2d, as a matrix product where its output is one pixel: (B, C, H, W) -> (B, C', 1, 1) for small images.
+
+    Of the kernel, only the taps that lie on the image are read: the others would be multiplied by padding. A ResNet
+    ends in such maps at 32 pixels, and there oneDNN's convolution takes most of a training step's time.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        (H, W), (top, left), (kh, kw) = x.shape[-2:], self.padding, self.kernel_size
+        one_pixel = H + 2 * top - kh < self.stride[0] and W + 2 * left - kw < self.stride[1]
+        if not one_pixel or H + top > kh or W + left > kw:
+            return super().forward(x)
+        on_image = self.weight[:, :, top : top + H, left : left + W]
+        return F.linear(x.flatten(1), on_image.flatten(1), self.bias)[:, :, None, None]
+
+    @classmethod
+    def replace_in(cls, network: nn.Module) -> None:
+        """Makes a network's ordinary padded convolutions such ones, with the parameters that they have."""
+        for module in network.modules():
+            if type(module) is nn.Conv2d and module.groups == 1 and module.dilation == (1, 1) and max(module.padding):
+                module.__class__ = cls
 
 
 def list_teachers() -> list[str]:
@@ -57,6 +81,7 @@ def create_teacher(name: str, num_classes: int, stem: str = "imagenet",
         own = network.state_dict()
         fitting = {key: value for key, value in pretrained.items() if key in own and own[key].shape == value.shape}
         network.load_state_dict(own | fitting)
+    OnePixelConv2d.replace_in(network)
     return network
 
 

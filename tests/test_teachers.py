@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ from deit_fast import create_model
 from deit_fast.data.augmentation import Recipe
 from deit_fast.data.datasets import load_dataset
 from deit_fast.errors import CheckpointError, ConfigError, DataError
-from deit_fast.models.teacher import create_teacher, head_of, list_teachers, skeleton
+from deit_fast.models.teacher import OnePixelConv2d, create_teacher, head_of, list_teachers, skeleton
 from deit_fast.training import build, checkpoint, pretrained, teachers
 from deit_fast.training.config import Config, DataConfig, DistillationConfig, OptimConfig, RunConfig
 from deit_fast.training.distillation import Objective, Teacher, TeacherInput
@@ -325,3 +326,30 @@ def test_pretrained_weights_start_the_teacher(monkeypatch, tmp_path, digits):
     path.write_bytes(b"not weights")
     with pytest.raises(DataError, match="could not be loaded"):
         pretrained.pretrained_weights(SMALL)
+
+
+@pytest.mark.parametrize(("size", "kernel", "stride", "padding", "direct"), [
+    (1, 3, 1, 1, True), (2, 3, 2, 1, True), (1, 5, 1, 2, True), (3, 3, 3, 1, False), (1, 1, 1, 0, True), (2, 3, 1, 1, False),
+    (2, 1, 2, 0, False)])
+def test_a_convolution_to_one_pixel_is_a_matrix_product(monkeypatch, size, kernel, stride, padding, direct):
+    torch.manual_seed(0)
+    plain = nn.Conv2d(6, 5, kernel, stride, padding).double()
+    ours = copy.deepcopy(plain)
+    ours.__class__ = OnePixelConv2d
+    x = torch.randn(3, 6, size, size, dtype=torch.float64)
+    results = {}
+    for layer in (plain, ours):
+        images = x.clone().requires_grad_()
+        with monkeypatch.context() as patch:
+            if layer is ours and direct:
+                patch.setattr(nn.Conv2d, "forward", None)
+            y = layer(images)
+        results[layer] = (y, *torch.autograd.grad((y * y).sum(), (images, *layer.parameters())))
+    for a, b in zip(results[plain], results[ours], strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_resnets_end_in_convolutions_to_one_pixel():
+    network = create_teacher("resnet18", 10)
+    assert all(type(module) is OnePixelConv2d for name, module in network.named_modules() if name.endswith("conv2"))
+    assert type(create_teacher("mobilenet_v2", 10).features[1].conv[0][0]) is nn.Conv2d  # of groups: left alone

@@ -53,8 +53,8 @@ def create_teacher(name: str, num_classes: int, stem: str = "imagenet",
                    pretrained: Mapping[str, Tensor] | None = None) -> nn.Module:
     """A torchvision classifier with a head for `num_classes`: (B, 3, H, W) -> (B, num_classes).
 
-    A ResNet's residual branches start at zero (Goyal et al. 2017): ResNet-50's training loss on CIFAR-10 at 32 pixels is
-    2.24 in steps 21 to 40 of AdamW where it is 2.46 without.
+    A ResNet's residual branches start at zero (Goyal et al. 2017): ResNet-50's training loss on CIFAR-10 at 32 pixels
+    is 2.24 in steps 21 to 40 of AdamW where it is 2.46 without.
 
     Args:
         name: one of `list_teachers()`, such as "resnet50".

@@ -254,7 +254,8 @@ def compare_refused(data, device: torch.device, where: str, accumulate: int, cap
 
 
 class Cuda:
-    """torch.cuda as `CudaGraphs` uses it; the end of a capture that is not valid raises and leaves its stream current."""
+    """torch.cuda as `CudaGraphs` uses it. The end of an invalid capture raises and leaves the capture's stream current.
+    """
 
     def __init__(self, valid: bool, alive: bool = True) -> None:
         self.valid, self.alive, self.here, self.calls = valid, alive, "default", []

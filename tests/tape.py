@@ -2,8 +2,8 @@
 
 Like a graph, a replay runs no Python of the recorded call: numbers are those of the recording, attributes that the call
 rebinds are not bound again, and everything is read and written where it lay. Like a capture, a recording has no effect
-(here: everything that it read or wrote is put back) and refuses what needs a value on the host or a copy of host
-memory.
+(here: everything that it read or wrote is put back, whether it succeeds or not) and refuses what needs a value on the
+host or a copy of host memory.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from deit_fast.training.graphs import CannotCapture
+
 READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.is_nonzero.default)
 FROM_HOST = (torch.ops.aten.lift_fresh.default,)  # torch.tensor([...]): on a GPU a copy from pageable memory
 
 
-class CannotCapture(RuntimeError):
-    """What a CUDA stream that captures would refuse."""
+class Refused(RuntimeError):
+    """What a CUDA stream that captures says to an operator that it cannot take."""
 
 
 class Tape(TorchDispatchMode):
@@ -35,7 +37,7 @@ class Tape(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function in READS or function in FROM_HOST:
-            raise CannotCapture(str(function))
+            raise Refused(str(function))
         given = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
         for tensor in given:  # of every operator: batch norm's schema does not say that it writes its running averages
             self._remember(tensor)
@@ -70,11 +72,15 @@ class Tapes:
 
     def record(self, call: Callable[[], None]) -> Callable[[], None]:
         random, tape = torch.get_rng_state(), Tape()
-        with tape:
-            call()
-        torch.set_rng_state(random)
-        for whole, saved in tape.before.values():
-            whole.copy_(saved)
+        try:
+            with tape:
+                call()
+        except Refused as error:
+            raise CannotCapture(str(error)) from error
+        finally:
+            torch.set_rng_state(random)
+            for whole, saved in tape.before.values():
+                whole.copy_(saved)
         self.recorded.append(len(tape.calls))
 
         def replay() -> None:

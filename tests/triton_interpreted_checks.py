@@ -11,7 +11,8 @@ from contextlib import redirect_stderr
 
 import torch
 
-from cases import VARIANTS, Maker, block_inputs
+import deit_fast
+from cases import CASES, VARIANTS, Maker, block_inputs
 from deit_fast import backend, ops
 from deit_fast.backend import OPS, BackendError
 from deit_fast.kernels.encoder_block import Arguments
@@ -19,9 +20,14 @@ from deit_fast.kernels.triton import attention, common, encoder_block, layernorm
 from deit_fast.kernels.triton.attention import split_keys
 from deit_fast.reference import block
 from deit_fast.reference.philox import keep_mask
+from test_parity import run, test_opcheck
 from too_large import TooLarge
 
 SEEDS = (0, 1, -1, 0x1234567_89ABCDEF)
+
+# A row of the parity table for each op, a quick one with all its gradients.
+SMALL = {"layernorm_linear": "3x17to5", "attention": "3x7x45h3", "linear_residual": "3x17to5",
+         "layernorm_mlp": "3x17f5", "encoder_block": "2x7x21h3", "distillation_loss": "extreme4x10", "augment": "1of1x1"}
 
 
 def attention_masks() -> None:
@@ -174,6 +180,56 @@ def stepping_down() -> None:
     object.__setattr__(op, "order", order)
 
 
+def compiled_ops() -> None:
+    """opcheck of every registered operator; under torch.compile without a graph break, the bits of the eager call."""
+    small = [case for case in CASES if SMALL[case.op] == case.name]
+    assert {case.op for case in small} == {name for name, op in OPS.items() if "triton" in op.offers}
+    for case in small:
+        test_opcheck(case, VARIANTS[0], "triton")
+        inputs, op = case.inputs(VARIANTS[0]), getattr(ops, case.op)
+        call = torch.compile(op, fullgraph=True, backend="aot_eager")
+        (outs, grads, cotangents), (ours, mine, _) = (
+            run(lambda **kw: function(**kw, backend="triton"), case, inputs) for function in (op, call))
+        for one, two in zip([*outs, *grads], [*ours, *mine], strict=True):
+            assert torch.equal(one, two), case.id
+
+
+def compiled_model() -> None:
+    """A whole model in training mode compiles without a graph break and computes what it does uncompiled."""
+    torch.manual_seed(0)
+    model = deit_fast.create_model("deit_nano_distilled_patch4_32", 10, img_size=8, embed_dim=16, num_heads=2, depth=1,
+                                   drop_rate=0.1, attn_drop_rate=0.1).train()
+    model.pos_drop.p = 0.0  # the one dropout that no seed governs
+    images, seed, results = torch.randn(2, 3, 8, 8), torch.tensor(5), []
+    with deit_fast.use_backend("triton"):
+        for forward in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+            outs = forward(images, seed)
+            grads = torch.autograd.grad(sum(out.square().sum() for out in outs), list(model.parameters()))
+            results.append([*outs, *grads])
+    for eager, ours in zip(*results, strict=True):
+        assert torch.allclose(eager, ours, rtol=1e-5, atol=1e-6)
+
+
+def compiled_stepping_down() -> None:
+    """A kernel that does not fit ends the compiled call that meets it; the next call is compiled anew, for another."""
+    qkv, kernel = torch.randn(2, 9, 24), attention.attention_fwd_kernel
+    backend.BY_NAME_ONLY = ()
+    op, order = OPS["attention"], OPS["attention"].order
+    object.__setattr__(op, "order", lambda *_: ("triton",))
+    attention.attention_fwd_kernel = TooLarge()
+    call = torch.compile(ops.attention, fullgraph=True, backend="aot_eager")
+    try:
+        call(qkv, 2)
+    except BackendError as error:
+        assert "too_large_kernel" in str(error)
+    else:
+        raise AssertionError("the kernel does not fit")
+    assert torch.allclose(call(qkv, 2), ops.attention(qkv, 2, backend="reference"))
+    attention.attention_fwd_kernel = kernel
+    common.FAILED.clear()
+    object.__setattr__(op, "order", order)
+
+
 def key_splits() -> None:
     """Keys are cut into full blocks and one tail, without loss."""
     for N in range(1, 400):
@@ -185,6 +241,7 @@ def key_splits() -> None:
 
 if __name__ == "__main__":
     for check in (attention_masks, linear_residual_masks, mlp_masks, block_saves_what_the_four_save, block_shares,
-                  gradients_repeat, frozen_parameters, many_tiles_per_program, refusals, stepping_down, key_splits):
+                  gradients_repeat, frozen_parameters, many_tiles_per_program, refusals, stepping_down, compiled_ops,
+                  compiled_model, compiled_stepping_down, key_splits):
         check()
         print(f"{check.__name__}: ok")

@@ -11,6 +11,12 @@ one launch. What is recorded are addresses and Python's numbers, so
 - PyTorch's own generator needs no care: a graph registers it, and a replay draws where an eager step would have.
 - with gradient accumulation there are two graphs, with and without the update. They share their memory, since neither
   leaves anything there that the other must not overwrite; gradients stay outside.
+- what is known to keep a step from being recorded is asked for beforehand (`why_not`). Where a recording fails all the
+  same, that step and all later ones are launched one by one, as in warming up, and a line on stderr says why. Nothing
+  is lost or done twice: the kernels of a failed recording never ran, the step's state consists of tensors that only
+  they write, and PyTorch's generator counts a recording's draws apart. What the step's Python binds anew are gradients
+  alone, and those are put back, for the new ones lie in the graph's memory and were never computed. (An error in a
+  replay stays an error: nobody knows how much of the step was done.)
 
 The losses are those of eager steps, bit for bit, and so are checkpoints. NOT YET RUN ON A GPU: the tests replay a tape
 of PyTorch's operators on a CPU (tests/tape.py), which shows a value frozen by mistake but knows nothing of CUDA.
@@ -19,6 +25,7 @@ of PyTorch's operators on a CPU (tests/tape.py), which shows a value frozen by m
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,6 +43,10 @@ from deit_fast.training.steps import Learner
 
 WARMUP = 3  # updates before the recording: PyTorch's advice, of which cuDNN's choice needs the most
 ALIGNMENT = 16  # bytes: of the columns in a row, for vector loads
+
+# The first torch in which a failed capture leaves the allocator and the generators as they were (pytorch pull requests
+# 176752, 180395 and 190348). Before, memory counts as being captured for ever, and drawing random numbers raises.
+UNWINDS = torch.__version__ >= (2, 14)
 
 
 def why_not(job: Job, run: RunConfig, device: torch.device) -> str | None:
@@ -97,6 +108,10 @@ class Layout:
                 for name, place in self.columns.items()}
 
 
+class CannotCapture(Exception):
+    """A call cannot be recorded, and the text says why. Nothing of it was done, and it can run in another way."""
+
+
 class Recorder(Protocol):
     """What warms up and records a call; `CudaGraphs`, or a tape in the tests."""
 
@@ -104,7 +119,7 @@ class Recorder(Protocol):
         """Runs the call."""
 
     def record(self, call: Callable[[], None]) -> Callable[[], None]:
-        """A function that does what the call does; the call itself has no effect here."""
+        """A function that does what the call does, or CannotCapture; the call itself has no effect on tensors here."""
 
 
 class CudaGraphs:
@@ -126,22 +141,41 @@ class CudaGraphs:
             here.wait_stream(self.stream)
 
     def record(self, call: Callable[[], None]) -> Callable[[], None]:
-        """The replay of the call's graph; TrainingError when something in it cannot be captured."""
-        graph = torch.cuda.CUDAGraph()
+        """The replay of the call's graph; CannotCapture when something in it cannot be captured.
+
+        Out of memory is among the reasons, for a graph has a pool of its own beside what eager steps need.
+        TrainingError instead before torch 2.14 (see UNWINDS), and CUDA's own error where the GPU takes no more work.
+        """
+        graph, reason = torch.cuda.CUDAGraph(), None
         try:
-            with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
-                call()
-        except torch.OutOfMemoryError:
-            raise
+            # The outer stream: torch.cuda.graph leaves its own as the current one where ending the capture raises.
+            with (torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.current_stream()),
+                  torch.cuda.graph(graph, pool=self.pool, stream=self.stream)):
+                try:
+                    call()
+                except RuntimeError as error:  # kept as a text: its frames hold the step's tensors
+                    reason = _first_line(error)
         except RuntimeError as error:
-            first = str(error).partition("\n")[0]
-            raise TrainingError(f"the training step cannot be captured in a CUDA graph: {first}. Train with "
-                                "--no-cuda-graphs.") from error
-        return graph.replay
+            if error.__context__ is not None:  # no error of CUDA: an interrupt, a failed assertion
+                raise error.__context__
+            reason = reason or _first_line(error)  # an invalid capture also raises at its end, and does not say why
+        if reason is None:
+            return graph.replay
+        if not UNWINDS:
+            raise TrainingError(f"the training step cannot be captured in a CUDA graph: {reason}. Train with "
+                                "--no-cuda-graphs, or with torch 2.14 or newer, where the run goes on without.")
+        with torch.cuda.device(self.device):
+            graph.reset()
+            torch.cuda.synchronize()  # raises where the capture has not ended, or the GPU is lost
+        raise CannotCapture(reason)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class GraphedSteps:
-    """The steps of an epoch, replayed from graphs once the first updates are done.
+    """The steps of an epoch, replayed from graphs once the first updates are done, or launched where recording fails.
 
     The loader draws on the device and leaves out a last partial batch, so all steps have the same shapes.
     """
@@ -153,6 +187,7 @@ class GraphedSteps:
         self.steps = schedule.steps_per_epoch * learner.accumulate
         self.updates = 0  # done in warming up
         self.replays: dict[bool, Callable[[], None]] = {}  # with and without an update
+        self.refused: str | None = None  # why a recording failed: from then on no step is replayed
         self.plan: Plan | None = None  # the epoch's; of the tensors without rows and of its modes, a step's too
         self.layout: Layout | None = None
         self.row: Tensor | None = None  # (width,) uint8: what differs between two steps
@@ -188,14 +223,29 @@ class GraphedSteps:
     def _run(self, updates: bool) -> None:
         """The step of the batch whose row is in place, with an update of the weights or without."""
         call = partial(self._step, updates)
-        if self.updates < WARMUP:
+        if self.updates >= WARMUP and self.refused is None and updates not in self.replays:
+            self._record(updates, call)
+        if updates in self.replays:
+            self.replays[updates]()
+        else:
             self.recorder.warm_up(call)
             self.updates += updates
-            return
-        if updates not in self.replays:
-            with capturable(self.learner.optimizer):
+
+    def _record(self, updates: bool, call: Callable[[], None]) -> None:
+        """Records a step, or notes and prints why that cannot be done and gives up the other graph too."""
+        optimizer = self.learner.optimizer
+        gradients = [(weight, weight.grad) for group in optimizer.param_groups for weight in group["params"]]
+        try:
+            with capturable(optimizer):
                 self.replays[updates] = self.recorder.record(call)
-        self.replays[updates]()
+            return
+        except CannotCapture as error:
+            self.refused = str(error)
+        self.replays.clear()  # gives back the pool of memory
+        for weight, gradient in gradients:
+            weight.grad = gradient
+        print(f"deit_fast: {self.learner.job.title}steps: launched one by one from here on, without a CUDA graph: "
+              f"{self.refused}", file=sys.stderr)
 
     def _step(self, updates: bool) -> None:
         """The step as a function of the row and the learner's state: what is recorded."""

@@ -3,6 +3,12 @@
 Importing this package needs no Triton and touches no GPU; the kernel modules are imported only where `why_not()` is
 None. With `TRITON_INTERPRET=1` in the environment (read when a kernel is decorated, so set it before the first import)
 the kernels run on the CPU in Triton's interpreter: slow, for tests, fp32 and fp16 only.
+
+A kernel that turns out not to compile here, or not to fit into the GPU's shared memory, makes the automatic order step
+down within the call that meets it. In code made by `torch.compile` it cannot: the backend was chosen when the code was
+traced, and the saved tensors that backward expects are that backend's. There the call ends with a BackendError, as if
+the backend had been asked for by name; the reason is known from then on, so the next call is traced anew and served by
+another backend. One call without `torch.compile` beforehand, forward and backward, finds such kernels.
 """
 
 from __future__ import annotations

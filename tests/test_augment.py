@@ -126,7 +126,7 @@ def test_dtypes_and_memory_formats(native: str, dtype: torch.dtype, channels_las
 
 
 def test_half_precision_extremes(native: str) -> None:
-    """std from 1e-7 to 1e4 sends pixels through float16's subnormals, its largest numbers and infinity."""
+    """std from 1e-7 to 1e4 sends pixels through float16's subnormals, its largest numbers and infinity; then ties."""
     images = torch.arange(256, dtype=torch.uint8).repeat(2, 3, 1, 1).reshape(2, 3, 16, 16)
     labels, plan = torch.zeros(2, dtype=torch.int64), neutral_plan(torch.arange(2))
     for std in ((1e-7, 1e-4, 1.53e-5), (1e4, 3e3, 2e7)):
@@ -134,6 +134,11 @@ def test_half_precision_extremes(native: str) -> None:
             x, _ = ours(native, images, labels, plan, (0.5, 0.1, 0.0), std, 1, dtype=dtype)
             expected, _ = reference.augment(images, labels, plan, (0.5, 0.1, 0.0), std, 1, dtype=dtype)
             assert torch.equal(x, expected)
+    pixels = images.int()
+    even = pixels + pixels % 2 * (pixels % 4 - 2)  # odd ones lie between two numbers, and go to the multiple of 4
+    for first, dtype in ((256, torch.bfloat16), (2048, torch.float16)):
+        x, _ = ours(native, images, labels, plan, (-first / 255,) * 3, (1 / 255,) * 3, 1, dtype=dtype)
+        assert torch.equal(x.int(), first + even)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -169,6 +174,22 @@ def test_sampled_plans(native: str, mode: str, B: int) -> None:
         for start in range(0, 4 * B, B):
             (x, t), (expected, targets) = both(native, (images, labels, epoch[start:start + B]), None)
             assert torch.equal(x, expected) and torch.equal(t, targets)
+
+
+@pytest.mark.parametrize(("mode", "B", "side", "gray", "channels_last"), [
+    ("batch", 5, 28, True, False), ("elem", 7, 28, False, True), ("pair", 3, 224, True, True),
+    ("elem", 1, 224, False, False), ("pair", 3, 384, False, True)])
+def test_sampled_plans_of_any_size(native: str, mode: str, B: int, side: int, gray: bool, channels_last: bool) -> None:
+    """Every mode in odd batches, gray sources, both memory formats; cropped, then resized."""
+    cropped = Recipe(crop_pad=4, hflip=0.5, brightness=0.4, contrast=0.4, reprob=0.5, remode="const", mixup=0.8,
+                     cutmix=1.0, mixup_mode=mode)
+    images, labels = random_images(5, side, side), torch.arange(5)
+    if gray:
+        images = images[:, :1].expand(-1, 3, -1, -1)
+    for recipe in (cropped, replace(cropped, rrc=True, interpolation="random", hue=0.3, grayscale=0.2)):
+        plan = sample_plan(recipe, torch.arange(B) % 5, 0, 0, B, side)
+        (x, t), (expected, targets) = both(native, (images, labels, plan), None, channels_last=channels_last)
+        assert x.stride() == expected.stride() and torch.equal(x, expected) and torch.equal(t, targets)
 
 
 @pytest.mark.parametrize("view", ["channels_last", "cropped", "strided", "reversed channels"])

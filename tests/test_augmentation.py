@@ -14,9 +14,11 @@ import pytest
 import torch
 from scipy import stats
 
+from deit_fast.data import draw as draws
 from deit_fast.data.augmentation import Plan, Recipe, epoch_order, neutral_plan, sample_plan
 from deit_fast.ops.augment_values import check_values
 from needs import needs_gpu
+from tape import Tape
 
 N = 40_000
 FULL = Recipe(crop_pad=4, hflip=0.5, brightness=0.4, contrast=0.3, saturation=0.2, reprob=0.6, recount=2, mixup=0.8,
@@ -76,40 +78,94 @@ def test_devices_agree(full: Recipe, mode: str) -> None:
     assert_equal(draw(recipe), draw(recipe, device="cuda").to("cpu"))
 
 
-def test_fields_do_not_share_random_words() -> None:
-    plan = draw(replace(FULL, reprob=1.0, mixup_prob=1.0, cutmix=0.0, recount=1))
-    single = [plan.flip, plan.lam, plan.noise_key & 0xFFFFFFFF, plan.noise_key >> 32]
-    columns = torch.stack([t.double() for t in (*plan.crop.unbind(1), *plan.jitter.unbind(1), *single,
-                                                *plan.jitter_order.unbind(1), *plan.erase[:, 0].unbind(1))])
-    correlation = torch.corrcoef(columns).fill_diagonal_(0)
-    correlation[9:12, 9:12] = 0  # the entries of a permutation depend on each other,
-    correlation[12:, 12:] = 0  # and so do a box's sides and the places where it fits
-    assert correlation.abs().max() < 5 / math.sqrt(N)
+def every_draw(n: int = 12_800) -> dict[str, torch.Tensor]:
+    """One column per random decision of positions 0 to n - 1, by what it says, monotone in its word and of mean
+    independent of the others; from as many plans of one seed and epoch as it takes to see each.
+    """
+    def values(**recipe) -> Plan:
+        return draw(Recipe(**recipe, mixup_mode="elem"), n, epoch=0)
+
+    def box(name: str, boxes: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Area, aspect ratio and place of boxes (n, 4) in 32 x 32, all 0 where there is none."""
+        y, x, h, w = boxes.double().unbind(1)
+        some = h * w > 0
+        place = [torch.where(side < 32, at / (32 - side).clamp(min=1), 0.5) for at, side in ((y, h), (x, w))]
+        columns = (h * w, (h / w).log(), *place)
+        return {f"{name} {what}": torch.where(some, column - column[some].mean(), 0.0)
+                for what, column in zip(("area", "aspect", "y", "x"), columns)}
+
+    plan = values(crop_pad=4, hflip=0.5, brightness=0.4, contrast=0.3, saturation=0.2, hue=0.1, vflip=0.3,
+                  grayscale=0.2, reprob=1.0, mixup=0.8)
+    three = plan.jitter_order[plan.jitter_order != 3].view(n, 3).long() @ torch.tensor([9, 3, 1])
+    columns = {"crop y": plan.crop[:, 0], "crop x": plan.crop[:, 1], "flip": plan.flip, "vflip": plan.vflip,
+               "grayscale": plan.grayscale, "order": three, "hue's place": (plan.jitter_order == 3).long().argmax(1),
+               "lambda": plan.lam, "noise key, low": plan.noise_key & 0xFFFFFFFF,
+               "noise key, high": plan.noise_key >> 32 & 0xFFFFFFFF, **box("erase", plan.erase[:, 0])}
+    columns |= {f"jitter {kind}": factors for kind, factors in enumerate(plan.jitter.unbind(1))}
+    columns["order of the epoch"] = epoch_order(n, 3, 0).argsort()
+    plan = values(hflip=0.5, alternating_flip=True, reprob=1.0, recount=2)
+    columns |= {"first flip": plan.flip, "erase count": plan.erase[:, 1, 2] > 0, **box("erase 2", plan.erase[:, 1])}
+    plan = values(rrc=True, interpolation="random", reprob=0.5, mixup=0.8, mixup_prob=0.7)
+    columns |= {**box("resized", plan.resized_crop), "bicubic": plan.bicubic, "whether erased": plan.erase[:, 0, 2] > 0,
+                "whether mixed": plan.partner != torch.arange(n) % 64}
+    plan = values(mixup=0.8, cutmix_minmax=(0.25, 0.75), mixup_switch_prob=0.4)
+    columns["CutMix"] = plan.cut[:, 2] > 0
+    y, x, h, w = values(cutmix_minmax=(0.25, 0.75)).cut.double().unbind(1)
+    columns |= {"cut y": y / (32 - h), "cut x": x / (32 - w), "cut h": h, "cut w": w}
+    return {name: column.double() for name, column in columns.items()}
 
 
-def test_new_fields_do_not_share_random_words() -> None:
-    plan = draw(replace(RESIZED, hflip=0.5, alternating_flip=True), epoch=0)  # whose words the first flips share
-    y, x, h, w = plan.resized_crop.double().unbind(1)
-    place_y, place_x = y / (32 - h).clamp(min=1), x / (32 - w).clamp(min=1)
-    drawn = (h * w, h / w, place_y, place_x, plan.bicubic, plan.vflip, plan.grayscale, plan.flip,
-             *plan.jitter.unbind(1), *plan.jitter_order[:, 2:].unbind(1))
-    columns = torch.stack([t.double() for t in drawn])
-    correlation = torch.corrcoef(columns).fill_diagonal_(0)
-    correlation[:4, :4] = 0  # a box's sides, and the places where it fits, depend on each other
-    correlation[-2:, -2:] = 0
-    assert correlation.abs().max() < 5 / math.sqrt(N)
+def test_draws_do_not_share_random_words() -> None:
+    """Not even those of recipes that exclude each other, crop and resized crop: all are uncorrelated, pair by pair."""
+    columns = every_draw()
+    correlation = torch.corrcoef(torch.stack(list(columns.values()))).fill_diagonal_(0).abs()
+    names, most = list(columns), int(correlation.argmax())
+    pair = f"{names[most // len(names)]} and {names[most % len(names)]}"
+    assert correlation.max() < 5 / math.sqrt(12_800), (pair, correlation.max())
 
 
-def test_plans_of_before_stay_the_same() -> None:
-    """The fields that were there first keep their counters and tables: the sum was taken before the others came."""
-    plan = draw(FULL, 64, size=(32, 24))
-    names = ("index", "crop", "flip", "jitter_order", "jitter", "erase", "partner", "lam", "cut")
+@pytest.mark.parametrize(("field", "words_of"), [
+    ("SWITCHES", "GEOMETRY"), ("RESIZE", "GEOMETRY"), ("RESIZE_TRIES", "TRIES"), ("SWITCHES", "ERASE")])
+def test_shared_words_are_seen(monkeypatch: pytest.MonkeyPatch, field: str, words_of: str) -> None:
+    """The test above can fail."""
+    monkeypatch.setattr(draws, field, getattr(draws, words_of))
+    with pytest.raises(AssertionError, match=" and "):
+        test_draws_do_not_share_random_words()
+
+
+SEEN_FIRST = "index crop flip jitter_order jitter erase partner lam cut".split()
+SEEN_LATER = "resized_crop bicubic flip vflip jitter_order jitter grayscale noise_key lam cut".split()
+
+
+@pytest.mark.parametrize(("recipe", "names", "total"), [
+    (FULL, SEEN_FIRST, -61525.267183549535),
+    (replace(RESIZED, mixup_mode="pair", cutmix_minmax=(0.2, 0.8)), SEEN_LATER, 34962.36381630022),
+    (replace(RESIZED, alternating_flip=True, correct_lam=False), SEEN_LATER, 34924.110841568516)])
+def test_plans_of_before_stay_the_same(recipe: Recipe, names: list[str], total: float) -> None:
+    """Fields keep their counters and tables when others come: the sums are of what they gave before."""
+    plan = draw(recipe, 64, size=(32, 24))
+    plan = replace(plan, noise_key=plan.noise_key & 0xFFFF)  # a whole key would hide the rest of the sum
     values = torch.cat([getattr(plan, name).double().flatten() for name in names])
     weights = torch.arange(1, len(values) + 1, dtype=torch.float64).sin()
-    assert (values @ weights).item() == pytest.approx(-61525.267183549535, rel=1e-12)
-    hue = draw(replace(FULL, hue=0.1), 64, size=(32, 24))
+    assert (values @ weights).item() == pytest.approx(total, rel=1e-12)
+
+
+def test_hue_changes_no_other_draw() -> None:
+    plan, hue = (draw(recipe, 64, size=(32, 24)) for recipe in (FULL, replace(FULL, hue=0.1)))
     assert torch.equal(hue.jitter[:, :3], plan.jitter)
     assert torch.equal(hue.jitter_order[hue.jitter_order != 3].view(64, 3), plan.jitter_order)
+
+
+@pytest.mark.parametrize("recipe", [
+    Recipe(), Recipe(crop_pad=4, hflip=0.5), Recipe(hflip=0.5, alternating_flip=True), Recipe(rrc=True),
+    Recipe(vflip=0.5, grayscale=0.5), Recipe(brightness=0.4), Recipe(hue=0.1), Recipe(reprob=0.5),
+    Recipe(reprob=0.5, remode="rand", recount=3), Recipe(mixup=0.8), Recipe(cutmix=1.0, mixup_mode="pair"),
+    Recipe(cutmix_minmax=(0.2, 0.8), mixup_mode="elem"), FULL, RESIZED])
+def test_sampling_can_be_captured(recipe: Recipe) -> None:
+    """Nothing is read on the host or copied from it, as a CUDA graph and asynchronous launches want it."""
+    with Tape():
+        plan = draw(recipe, 14, 7)
+    assert_equal(plan, draw(recipe, 14, 7))
 
 
 def test_recipe_that_draws_nothing_is_neutral() -> None:

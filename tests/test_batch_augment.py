@@ -88,8 +88,27 @@ def test_torchvision_with_the_same_draws(images: Tensor, kind: str) -> None:
 def test_arguments_and_defaults_are_timms() -> None:
     theirs = inspect.signature(pytest.importorskip("timm.data.mixup").Mixup).parameters
     ours = inspect.signature(BatchAugment).parameters
-    assert set(theirs) <= set(ours)
-    assert all(ours[name].default == theirs[name].default for name in set(theirs) & set(ours))
+    assert list(ours)[: len(theirs)] == list(theirs)
+    assert all(ours[name].default == theirs[name].default for name in theirs)
+    by_place = {name for name, parameter in ours.items() if parameter.kind is parameter.POSITIONAL_OR_KEYWORD}
+    assert by_place == set(theirs)
+
+
+def test_arguments_by_place() -> None:
+    ours = BatchAugment(0.8, 1.0, (0.2, 0.8), 0.7, 0.3, "pair", False, 0.2, K, True)
+    given = {"mixup": 0.8, "cutmix": 1.0, "cutmix_minmax": (0.2, 0.8), "mixup_prob": 0.7, "mixup_switch_prob": 0.3,
+             "mixup_mode": "pair", "correct_lam": False}  # fmt: skip
+    assert asdict(ours.recipe) == asdict(Recipe(**given))
+    assert (ours.smoothing, ours.num_classes, ours.multi_label) == (0.2, K, True)
+    with pytest.raises(TypeError, match="positional"):
+        BatchAugment(0.8, 1.0, None, 1.0, 0.5, "batch", True, 0.1, K, False, MEAN)
+
+
+@pytest.mark.parametrize("pair", [tuple, list])
+def test_a_pair_is_taken_as_torchvision_takes_it(pair: type) -> None:
+    expected = BatchAugment(**BOTH, **PIXELS)(IMAGES, LABELS)
+    assert same(BatchAugment(**BOTH, **PIXELS)(pair((IMAGES, LABELS))), expected)
+    assert len(v2.MixUp(num_classes=K)(pair((FLOATS, LABELS)))) == 2
 
 
 @pytest.mark.parametrize("images", [IMAGES, FLOATS], ids=["uint8", "float"])
@@ -275,6 +294,9 @@ def test_the_op_serves_pixels() -> None:
     (lambda: BatchAugment(num_classes=K, multi_label=True)(FLOATS, LABELS), ValueError, r"multi_label .*got \(12,\)"),
     (lambda: BatchAugment(num_classes=K)(FLOATS, torch.zeros(B, dtype=torch.complex64)), TypeError, "complex"),
     (lambda: BatchAugment(num_classes=K)(FLOATS, [0] * B), TypeError, "two tensors"),
+    (lambda: BatchAugment(num_classes=K)(FLOATS), TypeError, "two tensors.*and NoneType"),
+    (lambda: BatchAugment(num_classes=K)((FLOATS, LABELS, LABELS)), TypeError, "two tensors.*got tuple"),
+    (lambda: BatchAugment(num_classes=K)((FLOATS, LABELS), LABELS), TypeError, "two tensors.*got tuple"),
     (lambda: BatchAugment(alternating_flip=True), TypeError, "'alternating_flip'.*crop_pad"),
     (lambda: BatchAugment(mixup=0.5), TypeError, "'mixup'"),
     (lambda: BatchAugment(mode="row"), ValueError, "mixup_mode"),

@@ -11,12 +11,13 @@ import torch
 from deit_fast.data import auto_augment
 from deit_fast.data import loader as loader_module
 from deit_fast.data.augmentation import Recipe
-from deit_fast.data.loader import EvalLoader, TrainLoader
+from deit_fast.data.loader import EvalLoader, TrainLoader, centred_plan
 from deit_fast.data.split import Split
 from deit_fast.errors import DataError
 from deit_fast.ops import augment
 from deit_fast.training.build import build_recipe
 from deit_fast.training.config import parse
+from tape import Tape
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
 RAND = "rand-m9-mstd0.5-inc1"
@@ -242,11 +243,19 @@ def test_training_without_a_recipe_and_evaluation_give_the_same_pixels():
     assert torch.equal(torch.cat([images for images, _ in loader.epoch(0)]), evaluated[order])
 
 
-def test_evaluation_takes_the_centre():
-    split = make_split(4, 12)
-    ((images, _),) = EvalLoader(split, MEAN, STD, 5, 4, size=8)
+@pytest.mark.parametrize("size, first", [(8, 2), (9, 1), (7, 2), (11, 0)])
+def test_evaluation_takes_the_centre(size, first):
+    """Between two pixels the upper and left one counts."""
+    split, rows = make_split(4, 12), slice(first, first + size)
+    ((images, _),) = EvalLoader(split, MEAN, STD, 5, 4, size=size)
     ((whole, _),) = EvalLoader(split, MEAN, STD, 5, 4)
-    assert torch.equal(images, whole[:, :, 2:10, 2:10])
+    assert torch.equal(images, whole[:, :, rows, rows])
+
+
+def test_a_plan_of_the_centre_can_be_captured():
+    with Tape():
+        plan = centred_plan(torch.arange(3), (12, 15), (9, 8))
+    assert plan.crop.tolist() == [[1, 3]] * 3 and plan.crop.dtype == torch.int32
 
 
 # --- options and errors ---------------------------------------------------------------------------------------------

@@ -101,23 +101,26 @@ def test_resized_crops_of_files_that_fit_are_the_ops(root, policy):
     assert same(a.epoch(1), b.epoch(1)) and "cropped" not in b.description
 
 
-@pytest.mark.parametrize("policy", [None, "ra"])
-def test_resized_crops_are_taken_from_files_at_their_own_size(tmp_path, monkeypatch, policy):
-    """Each box is the plan's for an image of that size, resized by torchvision; the op does the rest of the plan."""
+@pytest.mark.parametrize("policy, interpolation", [(None, "random"), (None, "bilinear"), ("ra", "bicubic")])
+def test_resized_crops_are_taken_from_files_at_their_own_size(tmp_path, monkeypatch, policy, interpolation):
+    """Box and interpolation are the plan's for an image of that size, resized by torchvision; the op does the rest."""
     monkeypatch.setattr(Policy, "__call__", lambda self, image: image)
     data = load(write_directory(tmp_path / "set", unequal_files()), data_loading="stream")
     files, options = data.train.images, {"smoothing": 0.1, "auto_augment": policy, "data_seed": 3}
-    loader = TrainLoader(data.train, RESIZED, data.mean, data.std, 3, 4, workers=2, **options)
-    plan, boxes = loader.plan(2), []
+    recipe = replace(RESIZED, interpolation=interpolation)
+    loader = TrainLoader(data.train, recipe, data.mean, data.std, 3, 4, workers=2, **options)
+    plan, boxes, modes = loader.plan(2), [], []
     for position, index in enumerate(plan.index.tolist()):
         h, w = files.original(index).shape[1:]
-        own = sample_plan(RESIZED, plan.index[position:][:1], 3, 2, 1, 32, position, source_size=(h, w))
+        own = sample_plan(recipe, plan.index[position:][:1], 3, 2, 1, 32, position, source_size=(h, w))
         boxes.append(own.resized_crop[0].tolist())
+        modes.append(InterpolationMode.BICUBIC if own.bicubic[0] else InterpolationMode.BILINEAR)
+    assert len(set(modes)) == (2 if interpolation == "random" else 1)
     assert len({tuple(box) for box in boxes}) == len(boxes) and max(box[0] + box[2] for box in boxes) > 32
     for step, (images, targets) in enumerate(loader.epoch(2)):
         rows = slice(4 * step, 4 * step + 4)
-        cropped = torch.stack([resized_crop(files.original(i), *box, [32, 32], InterpolationMode.BICUBIC)
-                               for i, box in zip(plan.index[rows].tolist(), boxes[rows])])  # fmt: skip
+        cropped = torch.stack([resized_crop(files.original(i), *box, [32, 32], mode)
+                               for i, box, mode in zip(plan.index[rows].tolist(), boxes[rows], modes[rows])])
         rest = replace(plan[rows], index=torch.arange(4), resized_crop=plan.resized_crop[:0])
         labels = data.train.labels[plan.index[rows]]
         expected = augment(cropped, labels, rest, data.mean, data.std, 3, smoothing=0.1)

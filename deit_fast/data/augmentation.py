@@ -17,7 +17,6 @@ refuses, is mixed too: its middle sample is its own partner and stays as it is.
 from __future__ import annotations
 
 import math
-from itertools import permutations
 
 import torch
 from torch import Tensor
@@ -57,7 +56,8 @@ def sample_plan(recipe: Recipe, index: Tensor, data_seed: int, epoch: int, batch
     epoch: partners, and the draws of modes "batch" and "pair", belong to batches of `batch_size` (the last may be
     shorter). Sampling an epoch and slicing it equals sampling each batch alone. image_size is the output's,
     source_size the stored images' where it differs: crops then range over the padded source. device: where the plan is
-    made, default index's.
+    made, default index's. No value is read back and, after a recipe's first call, which brings its tables
+    (data/draw.py), nothing but an index that is elsewhere is copied there: a CUDA graph can capture the call.
     """
     device = index.device if device is None else torch.device(device)
     if batch_size < 1:
@@ -128,16 +128,31 @@ def _resized_crop(recipe: Recipe, draw: Draw, position: Tensor, source: tuple[in
 def _jitter(recipe: Recipe, draw: Draw, position: Tensor, order: Tensor) -> dict[str, Tensor]:
     """jitter_order and jitter, J = 4 where the hue changes; position, order (a word of each sample): (N,)."""
     *factors, hue = draw(position, field.COLOR)
-    orders, columns = list(permutations(range(3))), []
+    columns = []
     for strength, word in zip((recipe.brightness, recipe.contrast, recipe.saturation), factors):
         low, high = (round(NEUTRAL_FACTOR * f) for f in (max(0.0, 1 - strength), 1 + strength))
         columns.append(low + below(word, high - low + 1))
-    if recipe.hue:  # the first three keep the order among themselves that the same word gives without hue
-        orders = [(*three[:at], 3, *three[at:]) for three in orders for at in range(4)]
+    if recipe.hue:
         most = min(round(NEUTRAL_FACTOR * recipe.hue), MAX_SHIFT)
         columns.append(below(hue, 2 * most + 1) - most)
-    table = torch.tensor(orders, dtype=torch.uint8, device=position.device)
-    return {"jitter_order": table[below(order, len(orders))], "jitter": torch.stack(columns, dim=1).int()}
+    return {"jitter_order": _orders(order, bool(recipe.hue)), "jitter": torch.stack(columns, dim=1).int()}
+
+
+def _orders(word: Tensor, hue: bool) -> Tensor:
+    """(N, J) uint8 permutations from words (N,): of 0, 1, 2 and, with hue, 3 at any place among them, J = 4.
+
+    In arithmetic, since a table would be copied from the host. The three keep the order among themselves that the same
+    word gives without hue.
+    """
+    code = below(word, 6)  # of the three's permutation, in lexicographic order
+    head, rank = code // 2, code % 2
+    middle = rank + (rank >= head)  # of the other two, the smaller one or the larger
+    three = torch.stack([head, middle, 3 - head - middle], dim=1)  # (N, 3)
+    if not hue:
+        return three.to(torch.uint8)
+    place, at = torch.arange(4, device=word.device), below(word, 24)[:, None] % 4  # (4,), (N, 1)
+    others = three.gather(1, (place - (place > at).long()).clamp(max=2))  # (N, 4)
+    return torch.where(place == at, 3, others).to(torch.uint8)
 
 
 def _erasing(recipe: Recipe, draw: Draw, position: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
@@ -148,8 +163,9 @@ def _erasing(recipe: Recipe, draw: Draw, position: Tensor, size: tuple[int, int]
     boxes = torch.arange(recipe.recount, device=device)  # (R,)
     calls = boxes[:, None] * field.TRY_CALLS + torch.arange(field.TRY_CALLS, device=device)  # (R, calls)
     words = draw(position[:, None, None], field.TRIES, calls)  # 4 x (N, R, calls)
-    shares = [math.sqrt(H * W / n) for n in range(1, recipe.recount + 1)]
-    share = torch.tensor(shares, dtype=torch.float64, device=device)[count - 1]
+    roots = [math.sqrt(H * W / n) for n in range(1, recipe.recount + 1)]
+    shares = torch.stack([torch.full((), root, dtype=torch.float64, device=device) for root in roots])
+    share = shares[count - 1]
     h, w = box_sides(words, share[:, None, None], ERASE_AREA, ERASE_ASPECT)  # (N, R, T)
     fits, h, w = first((h < H) & (w < W), h, w)  # (N, R)
     y, x, _, _ = draw(position[:, None], field.BOX, boxes)

@@ -1,8 +1,8 @@
 """`BatchAugment`: the whole augmentation of a batch in one call, for loops that are not ours.
 
 It stands where timm's `Mixup` or torchvision's `v2.MixUp` and `v2.CutMix` stand, `images, targets = mix(images,
-labels)`, with timm's argument names and defaults, and does the crop, flip, color jitter, normalisation and erasing
-before it in the same pass of `ops.augment`. Nothing has to live on the device beforehand.
+labels)`, with timm's arguments, their order and defaults, and does the crop, flip, color jitter, normalisation and
+erasing before it in the same pass of `ops.augment`. Nothing has to live on the device beforehand.
 
 Randomness is counter-based, as for our own loaders: the numbers of a call are a function of (seed, epoch, images seen
 in the epoch, recipe). Neither NumPy's nor PyTorch's generators are used or moved. So the same batches in the same order
@@ -36,10 +36,11 @@ DRAWN_AHEAD = 16  # batches; a plan costs some hundred small operations however 
 class BatchAugment(nn.Module):
     """Augmented, normalised images and soft targets from a batch: `images, targets = augment(images, labels)`.
 
-    Takes images (B, 3, H, W) or (B, H, W, 3) uint8 and labels on one device: (B,) class numbers of any integer dtype,
-    or (B, K) probabilities or one-hots of any dtype, as torchvision's. Returns images (B, 3, H', W') and targets (B, K)
-    float32, which a loss with soft targets takes and must not smooth again. Nothing is changed in place. A batch may
-    have any size, odd ones included: the middle image of an odd batch is not mixed.
+    A pair will do, `augment((images, labels))`, as torchvision's. Takes images (B, 3, H, W) or (B, H, W, 3) uint8 and
+    labels on one device: (B,) class numbers of any integer dtype, or (B, K) probabilities or one-hots of any dtype, as
+    torchvision's. Returns images (B, 3, H', W') and targets (B, K) float32, which a loss with soft targets takes and
+    must not smooth again. Nothing is changed in place. A batch may have any size, odd ones included: the middle image
+    of an odd batch is not mixed.
 
     Float images, any (B, C, H, W), count as normalised already, which is what timm's and torchvision's mixing take:
     they are erased (C = 3) and mixed, in plain PyTorch by the op's specification, and keep their dtype. Transforms that
@@ -50,9 +51,11 @@ class BatchAugment(nn.Module):
 
     Args:
         mixup_alpha, cutmix_alpha, cutmix_minmax, prob, switch_prob, mode, correct_lam, label_smoothing, num_classes,
-            multi_label: as timm's `Mixup`, with its defaults (which are MixUp with alpha 1 and smoothing 0.1). Labels
-            (B, K) are smoothed to (1 - eps) y + eps / K, as one-hots are; with multi_label, which takes no other, each
-            of the K towards one half, (1 - eps) y + eps / 2.
+            multi_label: as timm's `Mixup`, with its defaults (which are MixUp with alpha 1 and smoothing 0.1) and in
+            its order; the others are given by name. torchvision's `v2.MixUp(alpha=a)` is mixup_alpha=a,
+            label_smoothing=0, its `v2.CutMix(alpha=a)` is mixup_alpha=0, cutmix_alpha=a, label_smoothing=0, and
+            `v2.RandomChoice` of the two has both alphas. Labels (B, K) are smoothed to (1 - eps) y + eps / K, as
+            one-hots are; with multi_label, which takes no other, each of the K towards one half, (1 - eps) y + eps / 2.
         mean, std: of the three channels on the scale 0..1; uint8 images need them.
         size: H', or (H', W'); default: the images' own.
         seed: of all draws, 64 bits.
@@ -71,10 +74,10 @@ class BatchAugment(nn.Module):
     Raises TypeError and ValueError for arguments and batches that do not fit.
     """
 
-    def __init__(self, *, mixup_alpha: float = 1.0, cutmix_alpha: float = 0.0,
+    def __init__(self, mixup_alpha: float = 1.0, cutmix_alpha: float = 0.0,
                  cutmix_minmax: tuple[float, float] | None = None, prob: float = 1.0, switch_prob: float = 0.5,
                  mode: str = "batch", correct_lam: bool = True, label_smoothing: float = 0.1,
-                 num_classes: int = 1000, multi_label: bool = False, mean: Sequence[float] | None = None,
+                 num_classes: int = 1000, multi_label: bool = False, *, mean: Sequence[float] | None = None,
                  std: Sequence[float] | None = None, size: int | tuple[int, int] | None = None, seed: int = 0,
                  dtype: torch.dtype | None = None, channels_last: bool = False, backend: str | None = None,
                  **transforms: object) -> None:
@@ -107,10 +110,12 @@ class BatchAugment(nn.Module):
         self.seed, self.epoch, self.position = state["seed"], state["epoch"], state["position"]
 
     @torch.no_grad()
-    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor | Sequence[Tensor], labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(B, 3, H', W') and (B, K) of images (B, 3, H, W), (B, H, W, 3) uint8 or (B, C, H, W) float and labels (B,) or
-        (B, K).
+        (B, K), or of a pair of the two.
         """
+        if labels is None and isinstance(images, tuple | list) and len(images) == 2:
+            images, labels = images
         labels = self._checked(images, labels)
         if images.dtype == torch.uint8:
             return self._from_pixels(images.as_subclass(Tensor), labels)

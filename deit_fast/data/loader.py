@@ -187,12 +187,16 @@ class EvalLoader:
 
 
 def centred_plan(index: Tensor, source: tuple[int, int], size: tuple[int, int]) -> Plan:
-    """The plan that leaves the images of `index` (B,) as they are but for their centre of that size being cut out."""
+    """The plan that leaves the images of `index` (B,) as they are but for their centre of that size being cut out.
+
+    Where the centre is between two pixels, the upper and left one counts.
+    """
     plan = neutral_plan(index)
     corner = [(have - want) // 2 for have, want in zip(source, size)]
     if corner == [0, 0]:
         return plan
-    return replace(plan, crop=plan.crop + torch.tensor(corner, dtype=torch.int32, device=index.device))
+    rows = [torch.full_like(index, start, dtype=torch.int32) for start in corner]  # on the device, nothing copied
+    return replace(plan, crop=torch.stack(rows, dim=1))
 
 
 def _of_batch(plan: Plan) -> Plan:

@@ -15,6 +15,7 @@ weights packed. Backward is counted as two products for each of forward's, whate
             memory                  peak memory of a training step, ours and reference's
             shapes                  the four ops at every preset's shape, cpu against reference
             presets                 training steps of the presets, automatic order against reference
+            augment                 augmentation at 32 px against torchvision, kornia, timm and a copy, on one thread
     --no-compile                    leaves torch.compile out (it takes most of the five minutes)
     --threads 1                     counts CPU time, which other processes hardly disturb
 """
@@ -25,6 +26,7 @@ import argparse
 
 import torch
 from cpu import memory, presets, timing
+from cpu.augment import compare_augment
 from cpu.block_ops import compare_ops
 from cpu.models import MODEL, candidates_for, frozen, inference, report, sweep, training
 from cpu.peers import inference_engines
@@ -33,7 +35,7 @@ from deit_fast.backend import record
 from deit_fast.kernels import cpu as kernels
 
 BATCH = 64
-PARTS = ("ops", "train", "infer", "sweep", "memory", "shapes", "presets")
+PARTS = ("ops", "train", "infer", "sweep", "memory", "shapes", "presets", "augment")
 
 
 def parse() -> argparse.Namespace:
@@ -80,6 +82,8 @@ def main() -> None:
         presets.compare_shapes(args.rounds)
     if "presets" in parts:
         presets.compare_steps(args.rounds)
+    if "augment" in parts:
+        compare_augment(args.rounds)
 
 
 if __name__ == "__main__":

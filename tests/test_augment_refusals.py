@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor
 
-from augment_plans import MEAN, STD
+from augment_plans import MEAN, STD, random_images, random_plan
 from deit_fast import ops
-from deit_fast.backend import BackendError
-from deit_fast.kernels import cpu
+from deit_fast.backend import BackendError, KernelError, Offer
+from deit_fast.data.plan import Plan
+from deit_fast.kernels import cpu, cuda
+from deit_fast.kernels.cuda import augment as launcher
 from deit_fast.ops.augment import OP
 from deit_fast.ops.augment_values import check_values
 from needs import skip_or_fail
-from test_augment import batch
+
+op_module = importlib.import_module("deit_fast.ops.augment")  # the package's attribute of that name is the op
 
 BAD_VALUES = [  # field, row, value, how the message begins
     ("index", 2, -1, r"plan.index must be in \[0, 8\], got -1 in row 2"), ("index", 0, 9, "plan.index"),
@@ -36,19 +43,34 @@ BAD_VALUES = [  # field, row, value, how the message begins
 ]
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize(("field", "row", "value", "text"), BAD_VALUES)
-def test_values_are_refused_by_name(backend: str, field: str, row: int | tuple[int, int], value, text: str) -> None:
-    if OP.why_not_here(backend):
-        skip_or_fail(backend, OP.why_not_here(backend))
+def batch(B: int, source: tuple[int, int], size: tuple[int, int], layout: str = "chw", recount: int = 1,
+          seed: int = 0) -> tuple[Tensor, Tensor, Plan]:
+    M = 2 * B + 1
+    return random_images(M, *source, layout), torch.arange(M) % 10, random_plan(B, M, source, size, recount, seed=seed)
+
+
+def wrong_inputs(field: str, row: int | tuple[int, int], value: float) -> tuple[Tensor, Tensor, Plan]:
+    """Images, labels and a plan for 32x32, a value of BAD_VALUES in it."""
     images, labels, plan = batch(4, (32, 32), (32, 32), "chw", 1)
-    images, labels = images[:9], labels[:9]
     tensor = getattr(plan, field).clone()
     tensor[row if isinstance(row, tuple) else (row, *(0,) * (tensor.dim() - 1))] = value
     if field == "jitter_order":
         tensor[row, 1:] = value
+    return images, labels, replace(plan, **{field: tensor})
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "cuda"])  # triton: test_triton_augment.py
+@pytest.mark.parametrize(("field", "row", "value", "text"), BAD_VALUES)
+def test_values_are_refused_by_name(monkeypatch: pytest.MonkeyPatch, backend: str, field: str,
+                                    row: int | tuple[int, int], value: float, text: str) -> None:
+    """On a CPU always, on a GPU with DEIT_FAST_CHECK=1."""
+    if OP.why_not_here(backend):
+        skip_or_fail(backend, OP.why_not_here(backend))
+    monkeypatch.setattr(op_module, "_CHECK", backend == "cuda")
+    device = "cuda" if backend == "cuda" else "cpu"
+    images, labels, plan = wrong_inputs(field, row, value)
     with pytest.raises(ValueError, match=f"augment: {text}"):
-        ops.augment(images, labels, replace(plan, **{field: tensor}), MEAN, STD, 10, backend=backend)
+        ops.augment(images.to(device), labels.to(device), plan.to(device), MEAN, STD, 10, backend=backend)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
@@ -92,7 +114,12 @@ def test_kernel_and_message_agree_on_what_is_wrong() -> None:
     ({"images": torch.zeros(7, 3, 8, 8)}, TypeError, "images must be a uint8 tensor, got torch.float32"),
     ({"images": torch.zeros(7, 8, 8, dtype=torch.uint8)}, ValueError,
      r"images must have shape \(M, 3, H, W\) or \(M, H, W, 3\)"),
-    ({"images": torch.zeros(7, 1, 8, 8, dtype=torch.uint8)}, ValueError, "images must have shape"),
+    ({"images": torch.zeros(7, 1, 8, 9, dtype=torch.uint8)}, ValueError,
+     r"images must have shape .*, got \(7, 1, 8, 9\)\. .* without a copy, by images\.expand\(-1, 3, -1, -1\)\.$"),
+    ({"images": torch.zeros(7, 8, 9, 1, dtype=torch.uint8)}, ValueError,
+     r"images must have shape .* by images\.expand\(-1, -1, -1, 3\)\.$"),
+    ({"images": torch.zeros(7, 4, 8, 9, dtype=torch.uint8)}, ValueError,
+     r"images must have shape \(M, 3, H, W\) or \(M, H, W, 3\), got \(7, 4, 8, 9\)\.$"),
     ({"images": torch.zeros(7, 3, 0, 8, dtype=torch.uint8)}, ValueError, "images must have 1 to 32768 pixels"),
     ({"images": torch.zeros(0, 3, 8, 8, dtype=torch.uint8), "labels": torch.zeros(0, dtype=torch.int64)}, ValueError,
      "there are no images for a plan of 3 rows"),
@@ -136,3 +163,65 @@ def test_backends_by_name() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(BackendError, match="no CUDA GPU is available"):
             ops.augment(*inputs, MEAN, STD, 10, backend="cuda")
+
+
+# ---- a build for other GPUs ----
+
+@pytest.fixture
+def unbuilt(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The CUDA backend, alone in the automatic order, with a module whose launches end in `.error`.
+
+    The images stay on the CPU, so what a launcher asks of their GPU is stubbed.
+    """
+    stub = SimpleNamespace(error="augment_fwd: no kernel image is available for execution on the device", launches=0,
+                           augment_workspace=lambda *sizes: 64)
+
+    def augment_fwd(*arguments: object) -> None:
+        stub.launches += 1
+        raise RuntimeError(stub.error)
+
+    stub.augment_fwd = augment_fwd
+    monkeypatch.setattr(launcher, "module", stub)
+    failed: dict[torch.device, str] = {}
+    for module in (cuda, launcher):
+        monkeypatch.setattr(module, "FAILED", failed)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    monkeypatch.setitem(op_module._modules, "cuda", launcher)
+    monkeypatch.setattr("deit_fast.backend.BY_NAME_ONLY", ())
+    for name in tuple(OP.offers):
+        monkeypatch.delitem(OP.offers, name)
+    monkeypatch.setitem(OP.offers, "cuda", Offer(lambda: None, lambda images, *_: failed.get(images.device)))
+    return stub
+
+
+def test_a_build_for_other_gpus_steps_down(unbuilt: SimpleNamespace, capsys: pytest.CaptureFixture) -> None:
+    """The automatic order says so once and serves the call all the same; from then on why_not gives the reason."""
+    inputs = batch(2, (8, 8), (8, 8), "chw", 1)
+    expected, _ = ops.augment(*inputs, MEAN, STD, 10, backend="reference")
+    for _ in range(2):
+        assert torch.equal(ops.augment(*inputs, MEAN, STD, 10)[0], expected)
+    said = capsys.readouterr().err
+    assert said.count("\n") == unbuilt.launches == 1
+    assert "not built for Some GPU" in said and "DEIT_FAST_CUDA_ARCHS=86" in said and "'reference' serves" in said
+    with pytest.raises(BackendError, match="cannot serve this call: the CUDA extension was not built for Some GPU"):
+        ops.augment(*inputs, MEAN, STD, 10, backend="cuda")
+    gpu = SimpleNamespace(device=torch.device("cuda", 1))
+    assert launcher.why_not(gpu) is None
+    launcher.FAILED[gpu.device] = "so"
+    assert launcher.why_not(gpu) == "so"
+
+
+def test_a_build_for_other_gpus_by_name_raises(unbuilt: SimpleNamespace) -> None:
+    with pytest.raises(KernelError, match="augment: the CUDA extension was not built for Some GPU"):
+        ops.augment(*batch(2, (8, 8), (8, 8), "chw", 1), MEAN, STD, 10, backend="cuda")
+
+
+def test_other_errors_of_a_launch_pass(unbuilt: SimpleNamespace) -> None:
+    """A defect must not be taken for a GPU that is not served."""
+    unbuilt.error = "augment_fwd: an illegal memory access was encountered"
+    with pytest.raises(RuntimeError, match="illegal memory access") as caught:
+        ops.augment(*batch(2, (8, 8), (8, 8), "chw", 1), MEAN, STD, 10)
+    assert not isinstance(caught.value, KernelError) and not launcher.FAILED

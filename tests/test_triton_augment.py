@@ -6,6 +6,7 @@ equal to the last bit. In the interpreter `tl.fma` rounds twice, on a GPU once; 
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 
 import numpy
@@ -15,11 +16,14 @@ from torch import Tensor
 
 from augment_plans import CLAMPED, MEAN, STD, clamped_plans, garbage, random_images, random_plan
 from deit_fast import ops, reference
+from deit_fast.backend import BackendError, KernelError
 from deit_fast.data.augmentation import Plan, neutral_plan
 from deit_fast.kernels.triton import INTERPRETED
 from deit_fast.ops.augment import OP
 from needs import skip_or_fail
+from test_augment_refusals import BAD_VALUES, wrong_inputs
 
+op_module = importlib.import_module("deit_fast.ops.augment")  # the package's attribute of that name is the op
 DEVICE = "cpu" if INTERPRETED else "cuda"
 NOISE = 2e-6  # |native - reference| of one N(0, 1) number: some roundings of 5.8, the largest there is
 Batch = tuple[Tensor, Tensor, Plan]
@@ -29,6 +33,7 @@ Batch = tuple[Tensor, Tensor, Plan]
 def _triton(monkeypatch: pytest.MonkeyPatch) -> None:
     if OP.why_not_here("triton"):
         skip_or_fail("triton", OP.why_not_here("triton"))
+    monkeypatch.setattr(op_module, "_CHECK", False)
     if INTERPRETED:
         from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -178,6 +183,46 @@ def test_values_are_clamped(field: str, value: float, meant: float) -> None:
     x, targets = ours((images, labels, wrong), (12, 12))
     other, other_targets = expected((images, labels, right), (12, 12))
     assert torch.equal(x, other) and torch.equal(targets, other_targets)
+
+
+@pytest.mark.parametrize(("field", "row", "value", "text"), BAD_VALUES)
+def test_values_are_refused_with_the_check(monkeypatch: pytest.MonkeyPatch, field: str, row: int | tuple[int, int],
+                                           value: float, text: str) -> None:
+    """DEIT_FAST_CHECK=1 refuses by name what is clamped without it."""
+    monkeypatch.setattr(op_module, "_CHECK", True)
+    with pytest.raises(ValueError, match=f"augment: {text}"):
+        ours(wrong_inputs(field, row, value), (32, 32))
+
+
+def test_the_check_lets_right_values_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op_module, "_CHECK", True)
+    assert_equal(batch(2, (8, 8), (8, 8), resizes=False), (8, 8))
+
+
+@pytest.mark.parametrize("kernel", ["augment_weights_kernel", "augment_gray_kernel", "augment_fwd_kernel"])
+def test_a_kernel_that_does_not_fit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
+                                    kernel: str) -> None:
+    """The automatic order says so once and goes on with the next backend; by name it raises."""
+    from deit_fast.kernels.triton import augment as launcher
+    from deit_fast.kernels.triton.common import FAILED
+    from too_large import TooLarge
+
+    monkeypatch.setattr(launcher, kernel, TooLarge())
+    monkeypatch.setattr("deit_fast.backend.BY_NAME_ONLY", ())
+    for name in set(OP.offers) - {"triton"}:
+        monkeypatch.delitem(OP.offers, name)
+    inputs = tuple(t.to(DEVICE) for t in batch(2, (8, 9), (46, 45), seed=1))  # resized, too large for one program
+    call = *inputs, MEAN, STD, 10, (46, 45)
+    for _ in range(2):
+        assert torch.equal(ops.augment(*call)[0], reference.augment(*call)[0])
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "out of resource: shared memory" in said and "'reference' serves augment" in said
+    assert "too_large_kernel" in OP.why_not("triton", *_call(inputs, torch.float32))
+    with pytest.raises(BackendError, match="cannot serve this call: .*out of resource"):
+        ops.augment(*call, backend="triton")
+    FAILED.clear()
+    with pytest.raises(KernelError, match="augment: .*out of resource"):
+        ops.augment(*call, backend="triton")
 
 
 @pytest.mark.parametrize("size", [(9, 10), (46, 45)])

@@ -45,6 +45,11 @@ def take_turns(candidates: Candidates, rounds: int, calls: int = 1) -> Times:
     return times
 
 
+def median(times: Times, name: str) -> float:
+    """Seconds of a candidate's turn."""
+    return statistics.median(times[name])
+
+
 def ratio(times: Times, baseline: str, ours: str) -> float:
     """The median over rounds of baseline / ours: how many times faster ours is."""
     return statistics.median(b / o for b, o in zip(times[baseline], times[ours]))

@@ -51,15 +51,15 @@ def augment(images: Tensor, labels: Tensor, plan: Plan, mean: Sequence[float], s
     """The batch that a plan makes of uint8 images: (B, 3, H', W') normalised, and its targets (B, K) in fp32.
 
     Args:
-        images: (M, 3, H, W) or (M, H, W, 3) uint8, any strides; never copied. (M, 3, H, 3) counts as the first.
+        images: (M, 3, H, W) or (M, H, W, 3) uint8, any strides; never copied. (M, 3, H, 3) counts as the first. Gray
+            ones are expanded: images.expand(-1, 3, -1, -1) takes no memory.
         labels: (M,) int64 in [0, K).
         plan: B rows, on the images' device; the table in `data.plan.Plan` gives every field's range.
         mean, std: of the three channels, on the scale 0..1; the output is (pixel / 255 - mean) / std.
         num_classes: K.
         size: H', or (H', W'); default: the images' own.
         smoothing: eps of the one-hots, 1 - eps + eps / K and eps / K, which are then mixed like the images. A loss
-        must not
-            smooth them again.
+            must not smooth them again.
         dtype: of the batch: float32, bfloat16 or float16, rounded once at the end.
         channels_last: the batch's memory format.
         backend: who computes it; None: see `deit_fast.use_backend`.
@@ -96,7 +96,7 @@ def _check(images: Tensor, labels: Tensor, plan: Plan, mean: Sequence[float], st
         raise TypeError(f"augment: images must be a uint8 tensor, got {_kind(images)}.")
     shape = images.shape
     if len(shape) != 4 or shape[1] != 3 and shape[3] != 3:
-        _refuse(f"images must have shape (M, 3, H, W) or (M, H, W, 3), got {tuple(shape)}")
+        _refuse(f"images must have shape (M, 3, H, W) or (M, H, W, 3), got {tuple(shape)}{_of_gray(shape)}")
     source = source_size(images)
     if not 0 < min(source) <= max(source) <= MAX_SIDE:
         _refuse(f"images must have 1 to {MAX_SIDE} pixels a side, got {tuple(shape)}")
@@ -147,6 +147,14 @@ def _check_tensor(what: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[in
         _refuse(f"{what} must be on {device} like the images, got {tensor.device}")
 
 
+def _of_gray(shape: torch.Size) -> str:
+    """How images of one channel become three without a copy; nothing for other shapes."""
+    if len(shape) != 4 or 1 not in (shape[1], shape[3]):
+        return ""
+    sizes = "-1, 3, -1, -1" if shape[1] == 1 else "-1, -1, -1, 3"
+    return f". Gray images take three channels, without a copy, by images.expand({sizes})"
+
+
 def _kind(value: object) -> object:
     """The dtype of a tensor, the type's name of anything else."""
     return value.dtype if isinstance(value, Tensor) else type(value).__name__
@@ -170,7 +178,7 @@ def _new_outputs(images: Tensor, B: int, num_classes: int, height: int, width: i
 def _impl(images: Tensor, labels: Tensor, plan: list[Tensor], remode: str, padding_mode: str, mean: list[float],
           std: list[float], num_classes: int, height: int, width: int, smoothing: float, dtype: torch.dtype,
           channels_last: bool, backend: str) -> tuple[Tensor, Tensor]:
-    if _CHECK and images.device.type != "cpu":
+    if _CHECK and backend != "cpu":  # whose kernel checks them itself
         check_values(images, labels, plan, num_classes, height, width)
     out, targets = _new_outputs(images, plan[0].shape[0], num_classes, height, width, dtype, channels_last)
     in_range = _modules[backend].forward(images, labels, plan, remode, padding_mode, mean, std, num_classes, height,

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for determinism, before cuBLAS starts; Hopper's default size
 
 import torch  # noqa: E402
 

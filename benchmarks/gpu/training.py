@@ -7,7 +7,6 @@ number, with stored teacher logits, as `python -m deit_fast.train --fused --amp`
 from __future__ import annotations
 
 import io
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -99,7 +98,6 @@ def losses(machine: Machine) -> Iterator[Row]:
 
     With deterministic kernels: otherwise two eager runs differ as well.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it PyTorch refuses cuBLAS here
     set_determinism(True)
     try:
         yield from _agreements(machine)

@@ -32,6 +32,37 @@ def test_sections_are_merged(tmp_path: Path) -> None:
     assert results["environment"]["device"] == "CPU rehearsal"
 
 
+def gpu_sh(tmp_path: Path, *names: str, **settings: str) -> list[str]:
+    """The lines that `scripts/gpu.sh` prints, a program that writes its arguments in the place of Python."""
+    program = tmp_path / "program"
+    program.write_text('#!/bin/sh\nwhile [ $# -gt 0 ]; do [ "$1" != --out ] || echo "{}" > "$2"; shift; done\n'
+                       f'mkdir -p {tmp_path}/work/study && touch {tmp_path}/work/study/report.md; exit 3\n')
+    program.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(program), "RESULTS": str(tmp_path / "results"),
+                   "WORK": str(tmp_path / "work"), **settings}
+    result = subprocess.run(["bash", "scripts/gpu.sh", *names], cwd=ROOT, env=environment, capture_output=True, text=True,
+                            check=True)
+    return result.stdout.splitlines()
+
+
+def test_script_leaves_three_files(tmp_path: Path) -> None:
+    """Whatever it runs; a failing check stops no other, and when the minutes are over nothing more is started."""
+    lines = gpu_sh(tmp_path)
+    assert [line.split(":")[0] for line in lines if re.search(": exit 3 after", line)] == [
+        "build", "backends", "parity", "step", "inference", "ops", "graphs", "graphs-tests", "losses", "presets", "rates",
+        "augment", "study"]
+    assert sorted(path.name for path in (tmp_path / "results").iterdir()) == ["gpu.log", "gpu_check.json", "study.tar.gz"]
+    assert gpu_sh(tmp_path, "step", MINUTES="0") == ["step: left out, 0 minutes are over"]
+
+
+def test_script_goes_on_from_its_copy(tmp_path: Path) -> None:
+    gpu_sh(tmp_path, "step")
+    (tmp_path / "work/gpu_check.json").write_text("earlier")
+    (tmp_path / "results/gpu_check.json").unlink()
+    gpu_sh(tmp_path, "step", MINUTES="0")
+    assert (tmp_path / "results/gpu_check.json").read_text() == "earlier"
+
+
 @pytest.mark.slow
 def test_every_section(tmp_path: Path) -> None:
     results = rehearse(tmp_path / "figures.json")

@@ -3,12 +3,12 @@
 # and the study below 10), all within MINUTES. Give the names of some to run only those.
 #
 #   scripts/gpu.sh [build parity step inference ops graphs losses presets rates augment study]
-#   MINUTES=25  ARCHS=90  PYTHON=python3  RESULTS=gpu  WORK=build/gpu  DATA=cifar10-jpeg.tar.gz (digits where there is none)
+#   MINUTES=25  ARCHS=90  PYTHON=python3  RESULTS=gpu  WORK=build/gpu  DATA=cifar10-jpeg.tar.gz (else the digits)
 #   DEIT_FAST_COMMIT: what the figures are of, where there is no .git
 #
-# RESULTS gets three files: gpu_check.json, gpu.log (all output, with a line "exit" for each check) and study.tar.gz. Every
-# figure is on disk as soon as it is measured. Caches, the study's runs and a copy of gpu_check.json lie in WORK; a later
-# call goes on from that copy if RESULTS has no file of its own.
+# RESULTS gets three files: gpu_check.json, gpu.log (all output, with a line "exit" for each check) and study.tar.gz.
+# Every figure is on disk as soon as it is measured. Caches, the study's runs and a copy of gpu_check.json lie in WORK;
+# a later call goes on from that copy if RESULTS has no file of its own.
 #
 # The same by hand:
 #   DEIT_FAST_CUDA_ARCHS=90 python3 -m pip install -q --no-index --no-deps --no-build-isolation -e .
@@ -28,7 +28,7 @@ left() {  # seconds, at most this many
     echo $((seconds < $1 ? seconds : $1))
 }
 
-run() {  # name, seconds, command: its output on the screen and in the log, its exit code in a line; the next one goes on
+run() {  # name, seconds, command: its output and exit code on the screen and in the log; the next one goes on
     local name=$1 limit start=$SECONDS
     limit=$(left "$2")
     shift 2
@@ -46,7 +46,8 @@ check() {  # a section, which has a minute to end what it is at when it may star
     [ ! -e "$figures" ] || cp "$figures" "$work/gpu_check.json"
 }
 
-[ $# -gt 0 ] || set -- build parity step inference ops graphs losses presets rates augment study
+# What compiles for long comes again at the end, for what its first turn had no time left for.
+[ $# -gt 0 ] || set -- build parity step inference ops graphs losses presets rates augment study step ops presets
 for name; do
     case $name in
         build)
@@ -56,8 +57,8 @@ for name; do
             ;;
         graphs)
             check graphs
-            run graphs-tests 300 env PYTHONPATH=.:tests "$python" -m pytest -q -p no:cacheprovider tests/test_graphs.py \
-                tests/test_optim.py -k "gpu or captured"
+            run graphs-tests 300 env PYTHONPATH=.:tests "$python" -m pytest -q -p no:cacheprovider \
+                -k "gpu or captured" tests/test_graphs.py tests/test_optim.py
             ;;
         study)
             set=(--data-set folder --data-path "$data")
@@ -66,7 +67,8 @@ for name; do
             DEIT_FAST_BACKEND=${DEIT_FAST_BACKEND:-triton,augment=cuda} run study 590 "$python" -m deit_fast.study \
                 --fused --device cuda --amp --channels-last --eval-batch-size 2048 --seeds 0 "${set[@]}" \
                 --output-dir "$work/study"
-            tar czf "$results/study.tar.gz" -C "$work" --exclude='*.pt' --exclude='*.safetensors' --exclude=teachers study
+            tar czf "$results/study.tar.gz" -C "$work" --exclude='*.pt' --exclude='*.safetensors' --exclude=teachers \
+                study
             ;;
         *) check "$name" ;;
     esac

@@ -16,20 +16,23 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from cases import VARIANTS
-from deit_fast import reference
+from deit_fast import reference, use_backend
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
 from gpu.correct import outcomes  # noqa: E402
 from gpu.counts import BLOCK_OPS, Block, Counts, op_counts  # noqa: E402
+from gpu.machine import Machine  # noqa: E402
 from gpu.op_speeds import Drawn, op_inputs  # noqa: E402
-from gpu.results import Contender, Results, ratios, run, table  # noqa: E402
+from gpu.results import Contender, Refused, Results, ratios, run, table  # noqa: E402
+from gpu.steps import BASELINES, plain_step  # noqa: E402
+from gpu.training import PRESET  # noqa: E402
 
 
 def rehearse(out: Path, *flags: str) -> dict:
     """What `gpu_check.py --rehearse` leaves in its file."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "DEIT_FAST_COMMIT": "c0ffee"}
     result = subprocess.run([sys.executable, "benchmarks/gpu_check.py", "--rehearse", "--out", str(out), *flags],
                             cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
@@ -59,8 +62,9 @@ class Fake:
 
 
 def measure(out: Path, names: str, environment: dict = HERE, section: str = "ops", **kinds) -> list[str]:
-    """Which contenders of the row are measured when a section of these runs; a capital raises, "x" misses its peer.
+    """Which contenders of the row are measured when a section of these runs.
 
+    A capital raises, "x" misses its peer, "r" refuses.
     kinds: the names of a rank, rank2="cd", or of processes, process="e"; starts: how many may start.
     """
     done: list[str] = []
@@ -69,6 +73,8 @@ def measure(out: Path, names: str, environment: dict = HERE, section: str = "ops
         done.append(name)
         if name == "x":
             raise ImportError("no x")
+        if name == "r":
+            raise Refused("not of this size")
         if name.isupper():
             raise RuntimeError("refused")
         return {"ms": float(len(done))}
@@ -82,13 +88,14 @@ def measure(out: Path, names: str, environment: dict = HERE, section: str = "ops
 def test_finished_figures_are_kept(tmp_path: Path) -> None:
     """On the same machine and commit what is missing or failed is measured; elsewhere everything, of that section."""
     out = tmp_path / "figures.json"
-    assert measure(out, "abCx") == ["a", "b", "C", "x"]
+    assert measure(out, "abCxr") == ["a", "b", "C", "x", "r"]
     rows = json.loads(out.read_text())["ops"]["rows"]["row"]
     assert rows["a"]["ms"] == 1 and "refused" in rows["C"]["error"] and rows["x"] == {"skipped": "no x"}
-    assert measure(out, "abCxd", HERE | {"date": "tomorrow"}) == ["C", "x", "d"]
+    assert rows["r"] == {"refused": "not of this size"}
+    assert measure(out, "abCxrd", HERE | {"date": "tomorrow"}) == ["C", "x", "d"]
     assert measure(out, "a", HERE | {"device": "another"}, section="step") == ["a"]
     sections = json.loads(out.read_text())
-    assert sections["ops"]["environment"]["device"] == "one GPU" and len(sections["ops"]["rows"]["row"]) == 5
+    assert sections["ops"]["environment"]["device"] == "one GPU" and len(sections["ops"]["rows"]["row"]) == 6
     assert sections["step"]["environment"]["device"] == "another"
     assert sections["ops"]["clocks"]["row: a"] == "1980 MHz"
     assert measure(out, "a", HERE | {"device": "another"}) == ["a"]
@@ -113,8 +120,8 @@ def test_order_and_end(tmp_path: Path) -> None:
 def test_ratios() -> None:
     """Of ours to the fastest baseline, by what was timed, in the figures and in the table."""
     row = {"triton": {"forward ms": 1.0, "both ms": 4.0, "forward of copy": 0.5},
-           "eager": {"forward ms": 5.0, "both ms": 6.0}, "compiled": {"forward ms": 2.0, "both ms": 8.0}, "SDPA math": {"error": "refused"},
-           "four ops": {"forward ms": 0.5, "both ms": 3.0}}
+           "eager": {"forward ms": 5.0, "both ms": 6.0}, "compiled": {"forward ms": 2.0, "both ms": 8.0},
+           "SDPA math": {"refused": "no kernel"}, "four ops": {"forward ms": 0.5, "both ms": 3.0}}
     assert ratios(row) == {"triton": {"forward ms": (2.0, "compiled"), "both ms": (1.5, "eager")},
                            "four ops": {"forward ms": (4.0, "compiled"), "both ms": (2.0, "eager")}}
     assert ratios({"ours, graphs": {"ms": 1.0, "peak MB": 3.0}, "timm, max-autotune, graph": {"ms": 3.0}}) == {
@@ -123,7 +130,7 @@ def test_ratios() -> None:
     section = {"environment": HERE, "rows": {"a row": row}, "clocks": {"a row: triton": "1755 MHz"},
                "left out": ["b: c"]}
     text = "\n".join(table({"ops": section}, ("step", "ops")))
-    assert "forward 2.00 (compiled), both 1.50 (eager) |" in text and "1755 MHz" in text and "b: c" in text
+    assert "forward 2 (compiled), both 1.5 (eager) |" in text and "1755 MHz" in text and "b: c" in text
     assert "device one GPU, commit c0ffee" in text and "### step" not in text
 
 
@@ -156,6 +163,26 @@ def test_counts_are_those_of_the_reference(op: str, training: bool) -> None:
     assert counts.bytes == once + training * (2 * (touched - residual) + 4 * out.numel())
 
 
+@pytest.mark.parametrize("who", BASELINES)
+def test_model_and_loss_are_compiled_as_one(who: str) -> None:
+    """Inductor sees a single graph, of a model with two heads and of DeiT's loss."""
+    graphs = []
+
+    class Traced(Machine):
+        def compiled(self, function):
+            return torch.compile(function, backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True)
+
+    with use_backend("reference"):
+        try:
+            step = plain_step(Traced(rehearse=True), PRESET, 1, BASELINES[who], compiled=True)
+        except ImportError as error:
+            pytest.skip(str(error))
+        before = [parameter.detach().clone() for parameter in step.model.parameters()]
+        step.call()
+    assert len(graphs) == 1 and "log_softmax" in graphs[0].code
+    assert all(not torch.equal(old, new) for old, new in zip(before, step.model.parameters()))
+
+
 def test_shares() -> None:
     """A millisecond of 10^9 operations is 10^12 in a second, one of 10^6 bytes a gigabyte."""
     assert Counts(4e9, 3e6).shares(2.0, 8.0, 6.0) == {"of matrix rate": 0.25, "of copy": 0.25}
@@ -169,7 +196,8 @@ def test_sections_are_merged(tmp_path: Path) -> None:
     out.write_text(json.dumps({"ops": kept, "rates": kept}))
     results = rehearse(out, "--only", "rates")
     assert results["ops"] == kept and set(results["rates"]["rows"]) == {"bf16 matrix product", "copy"}
-    assert results["rates"]["environment"]["device"] == "CPU rehearsal"
+    environment = results["rates"]["environment"]
+    assert environment["device"] == "CPU rehearsal" and environment["commit"] == "c0ffee"
 
 
 def gpu_sh(tmp_path: Path, *names: str, **settings: str) -> list[str]:

@@ -47,7 +47,12 @@ class Machine:
         return "" if self.rehearse else nvidia_smi("clocks.sm,clocks.mem,power.draw")
 
     def settle(self) -> None:
-        """Forgets compiled code and garbage of the last contender, so that the next has the memory."""
+        """Forgets compiled code and garbage of the last contender, so that the next has the memory.
+
+        RuntimeError after an error that leaves the process without a GPU: nothing measured from then on would count.
+        """
+        if not self.rehearse:
+            torch.cuda.synchronize()
         if "torch._dynamo" in sys.modules:
             torch._dynamo.reset()
         gc.collect()

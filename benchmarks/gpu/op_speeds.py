@@ -15,7 +15,7 @@ from deit_fast import ops, reference, use_backend
 
 from .counts import BLOCK_OPS, Block, op_counts
 from .machine import Machine, forward_backward, variant
-from .results import Contender, Figures
+from .results import Contender, Figures, Refused
 
 SHAPES = {"nano": (66, 64, 8), "tiny": (198, 192, 3), "small": (198, 384, 6), "base": (198, 768, 12)}  # N, C, H
 ROTATED = ("x", "qkv", "residual")  # the arguments that are other tensors in every call
@@ -132,7 +132,12 @@ def attentions() -> dict[str, Callable]:
     """Other attentions: PyTorch's by kernel, each of which may refuse the shape, and FlashAttention where installed."""
     def under(backend: SDPBackend, **inputs: object) -> Tensor:
         with sdpa_kernel(backend):
-            return reference.attention(**inputs)
+            try:
+                return reference.attention(**inputs)
+            except RuntimeError as error:
+                if "available kernel" in str(error) or "cuDNN" in str(error):
+                    raise Refused(str(error).splitlines()[0]) from error
+                raise
 
     return {f"SDPA {backend.name.lower()}": partial(under, backend) for backend in SDPA} | {
         "FlashAttention 2": flash_attention_2, "FlashAttention 3": flash_attention_3}

@@ -24,6 +24,10 @@ OURS = ("ours", "triton", "cuda", "four ops")  # how the names of our contenders
 UNFINISHED = ("error", "skipped", "cut off")  # figures of what a later call tries again
 
 
+class Refused(Exception):
+    """A contender that does not take what it is asked for: its figure is the reason."""
+
+
 @dataclass(frozen=True)
 class Contender:
     """One contender of a row, and the call that measures it.
@@ -132,6 +136,8 @@ def _measured(job: Contender, device: Device) -> Figures | None:
         figures = job.measure()
     except ImportError as error:
         return {"skipped": str(error)}
+    except Refused as error:
+        return {"refused": str(error)}
     except device.failures as error:
         return {"error": f"{type(error).__name__}: {str(error).strip()[:300]}"}
     return {**figures, "took s": round(time.monotonic() - start, 1)}
@@ -181,7 +187,7 @@ def table(sections: dict[str, dict], order: Iterable[str]) -> Iterator[str]:
             faster = ratios(contenders)
             for who, figures in contenders.items():
                 cells = ", ".join(f"{key} {_short(value)}" for key, value in figures.items() if key != "took s")
-                times = ", ".join(f"{key.removesuffix('ms').strip()} {ratio:.2f} ({other})".strip()
+                times = ", ".join(f"{key.removesuffix('ms').strip()} {ratio:.3g} ({other})".strip()
                                   for key, (ratio, other) in faster.get(who, {}).items())
                 yield f"| {row} | {who} | {cells} | {times} |"
 

@@ -117,6 +117,7 @@ def test_order_and_end(tmp_path: Path) -> None:
     assert json.loads(out.read_text())["ops"]["left out"] == ["row: a", "row: c"]
     assert measure(out, "abcde", rank2="ac", process="e") == ["a", "c"]
     assert json.loads(out.read_text())["ops"]["left out"] == []
+    assert measure(tmp_path / "other.json", "be", process="e") == ["e", "b"], "once each"
 
 
 def test_ratios() -> None:

@@ -9,6 +9,7 @@ import os
 import sys
 
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic tests on a GPU need it before cuBLAS starts
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -5,70 +5,86 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from cases import CASES, Maker
+from cases import CASES, VARIANTS, Case, Maker
 from deit_fast import ops
 from deit_fast.backend import OPS
 
-from .machine import Machine, Row, captured, forward_backward
+from .machine import Machine, forward_backward
+from .results import Contender, Figures
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-PARITY_SECONDS = 8 * 60
+def parity(machine: Machine) -> Iterator[Contender]:
+    """The parity table by op and dtype, a skip of Triton counted as a failure.
+
+    Processes, so that kernels compile side by side.
+    """
+    if machine.rehearse:
+        rows = {("attention", "fp32"): "attention-triton-fp32-3x7"}
+    else:
+        native = sorted(name for name, op in OPS.items() if "triton" in op.offers and name != "augment")
+        rows = {(name, variant.name): f"{name}-triton-{variant.name}-" for variant in VARIANTS for name in native}
+    for (op, variant), selection in rows.items():
+        yield Contender(op, f"triton, {variant}", process=True,
+                  measure=partial(tested, machine, ["tests/test_parity.py", "-k", selection], "triton"))
 
 
-def parity(machine: Machine) -> Iterator[Row]:
-    """The parity table, a skip of Triton counted as a failure; a process per op, so that kernels compile side by side."""
-    native = sorted(name for name, op in OPS.items() if "triton" in op.offers and name != "augment")
-    rows = {"attention": "triton and attention and fp32 and 3x7"} if machine.rehearse else {
-        name: f"triton and {name}" for name in native}
-    with ThreadPoolExecutor(len(rows)) as pool:
-        jobs = {pool.submit(_parity_of, selection): name for name, selection in rows.items()}
-        for job in as_completed(jobs):
-            yield f"tests/test_parity.py {jobs[job]}", job.result()
-
-
-def _parity_of(selection: str) -> dict:
-    """pytest's closing line and failures for a selection of the table."""
-    command = [sys.executable, "-m", "pytest", "tests/test_parity.py", "-q", "-k", selection, "-p", "no:cacheprovider"]
+def tested(machine: Machine, arguments: Sequence[str], required: str) -> Figures:
+    """What pytest says of these tests; required: backends whose skips are failures. Cut off with the section's time."""
+    command = [sys.executable, "-u", "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *arguments]
+    environment = {**os.environ, "DEIT_FAST_REQUIRE": required,
+                   "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     try:
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PARITY_SECONDS, check=False,
-                                env={**os.environ, "DEIT_FAST_REQUIRE": "triton",
-                                     "PYTHONPATH": os.pathsep.join(sys.path[:2])})
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment,
+                                timeout=None if machine.rehearse else max(1.0, machine.left() + 30))
     except subprocess.TimeoutExpired as cut:
-        return {"exit": "none", "result": f"cut off after {cut.timeout:.0f} s", "failed": []}
-    lines = result.stdout.strip().splitlines()
-    return {"exit": result.returncode, "result": lines[-1] if lines else result.stderr[-300:],
-            "failed": [line for line in lines if line.startswith("FAILED")][:40]}
+        return {"cut off": f"after {cut.timeout:.0f} s", **outcomes((cut.stdout or b"").decode(errors="replace"))}
+    found = outcomes(result.stdout)
+    return {"exit": result.returncode, **(found if found["passed"] or found["failed"] else
+                                          found | {"result": (result.stderr or result.stdout)[-300:]})}
 
 
-def graphs(machine: Machine) -> Iterator[Row]:
+def outcomes(output: str) -> Figures:
+    """How many tests passed and which failed, by what `pytest -v` has written so far."""
+    words = [line.split(" ") for line in output.splitlines() if "::" in line.partition(" ")[0]]
+    named = {status: [line[0].rpartition("::")[2] for line in words if line[1:2] == [status]]
+             for status in ("PASSED", "SKIPPED", "FAILED", "ERROR")}
+    return {"passed": len(named["PASSED"]), "skipped tests": len(named["SKIPPED"]),
+            "failed": (named["FAILED"] + named["ERROR"])[:40]}
+
+
+def graphs(machine: Machine) -> Iterator[Contender]:
     """Every op, forward and backward, replayed from a CUDA graph on new inputs: the same bits as eager."""
     for case in CASES:
-        if not case.compiled or not case.grads or "triton" not in OPS[case.op].offers:
-            continue
-        inputs = case.inputs(machine.variant, machine.device)
-        other = case.make(Maker(1, machine.variant, machine.device))
-        op = partial(getattr(ops, case.op), backend="triton")
-        call = forward_backward(op, inputs, case.grads)
-        results: list[Tensor] = []
+        if case.compiled and case.grads and "triton" in OPS[case.op].offers:
+            yield Contender(case.id, "triton", partial(_replayed, machine, case))
 
-        def keep() -> None:
-            results[:] = call()
 
-        replay = keep if machine.rehearse else captured(keep)
-        with torch.no_grad():
-            for name, value in inputs.items():
-                if isinstance(value, Tensor):
-                    value.copy_(other[name])
-        replay()
-        expected = forward_backward(op, other, case.grads)()
-        yield case.id, {"equal": all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))}
+def _replayed(machine: Machine, case: Case) -> Figures:
+    inputs = case.inputs(machine.variant, machine.device)
+    other = case.make(Maker(1, machine.variant, machine.device))
+    op = partial(getattr(ops, case.op), backend="triton")
+    call = forward_backward(op, inputs, case.grads)
+    results: list[Tensor] = []
+
+    def keep() -> None:
+        results[:] = call()
+
+    recorder = machine.recorder()
+    recorder.warm_up(keep)
+    replay = recorder.record(keep)
+    with torch.no_grad():
+        for name, value in inputs.items():
+            if isinstance(value, Tensor):
+                value.copy_(other[name])
+    replay()
+    expected = forward_backward(op, other, case.grads)()
+    return {"equal": all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))}

@@ -2,58 +2,165 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
+from itertools import islice
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from triton.errors import TritonError
 
-from cases import VARIANTS
-from deit_fast.training.graphs import CudaGraphs, Recorder
+from cases import VARIANTS, Variant
+from deit_fast.errors import UserError
+from deit_fast.training.graphs import WARMUP, CudaGraphs, Recorder
 
-Row = tuple[str, dict]  # the name of a line, and its figures
+from .counts import Counts
+
+MEBI = 2**20
+TIMED = 0.2  # seconds, at the least, in which replays are timed
+RELOADED = 128 * MEBI  # bytes that pass between two calls on the same tensors: more than twice an H100's L2 cache
 
 
 class Machine:
-    """The device and how to time a call on it."""
+    """The device, how to time a call on it, and until when."""
 
     def __init__(self, rehearse: bool) -> None:
         self.rehearse, self.device = rehearse, "cpu" if rehearse else "cuda"
-        self.variant = next(v for v in VARIANTS if v.name == ("fp32" if rehearse else "bf16"))
+        self.variant = variant("fp32" if rehearse else "bf16")
         self.batches = (1,) if rehearse else (64, 1024)
+        self.deadline = float("inf")  # of time.monotonic()
+        self.resident = self.highest = 0  # bytes of GPU memory in tensors: before the last timed call, at most in it
+        # What may go wrong in one contender and not cost the others; in a rehearsal everything must go well.
+        self.failures = () if rehearse else (RuntimeError, UserError, TritonError)
 
-    def milliseconds(self, call: Callable[[], object]) -> float:
-        """Median time of a call; on a GPU of a replayed CUDA graph."""
+    def left(self) -> float:
+        """Seconds in which something new may start."""
+        return self.deadline - time.monotonic()
+
+    def clocks(self) -> str:
+        """Clocks of multiprocessors and memory, and the power drawn, now; empty in a rehearsal."""
+        return "" if self.rehearse else nvidia_smi("clocks.sm,clocks.mem,power.draw")
+
+    def settle(self) -> None:
+        """Forgets compiled code and garbage of the last contender, so that the next has the memory.
+
+        RuntimeError after an error that leaves the process without a GPU: nothing measured from then on would count.
+        """
+        if not self.rehearse:
+            torch.cuda.synchronize()
+        if "torch._dynamo" in sys.modules:
+            torch._dynamo.reset()
+        gc.collect()
+
+    def milliseconds(self, *calls: Callable[[], object]) -> float:
+        """Median time of a call; on a GPU out of a replayed CUDA graph of all of them, one after the other.
+
+        Short calls have to come in numbers, each on tensors of its own (`turns`): a graph of one would measure its own
+        launch, and tensors that wait in the cache. Their results are kept to the last, so none is written where
+        another lay. `peak` is of the recording, not of the warmup, which may compile.
+        """
         if self.rehearse:
             start = time.perf_counter()
-            call()
-            return 1e3 * (time.perf_counter() - start)
-        replay = captured(call)
-        replay()
+            for call in calls:
+                call()
+            return 1e3 * (time.perf_counter() - start) / len(calls)
+
+        def once() -> list[object]:
+            return [call() for call in calls]
+
+        recorder = self.recorder()
+        for _ in range(WARMUP):
+            recorder.warm_up(once)
+        self.reset_peak()
+        replay = recorder.record(once)
+        self.note_peak()
+        _elapsed(replay, 1)
+        several = max(1, min(50, round(5 / max(_elapsed(replay, 1), 1e-3))))
         times, first = [], time.perf_counter()
-        while len(times) < 20 or time.perf_counter() - first < 0.2:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            for _ in range(10):
-                replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) / 10)
-        return statistics.median(times)
+        while len(times) < 10 or time.perf_counter() - first < TIMED:
+            times.append(_elapsed(replay, several) / several)
+        return statistics.median(times) / len(calls)
+
+    def in_a_row(self, steps: Iterator[object]) -> float:
+        """Milliseconds per step of many in a row, the host's part included, after some to warm up.
+
+        `peak` is of the first ones after the warmup of a graph, in which it is recorded; later ones may begin an epoch.
+        """
+        def seconds(number: int) -> float:
+            start = time.perf_counter()
+            for _ in islice(steps, number):
+                pass
+            if not self.rehearse:
+                torch.cuda.synchronize()
+            return time.perf_counter() - start
+
+        seconds(WARMUP)
+        self.reset_peak()
+        seconds(2)
+        self.note_peak()
+        if self.rehearse:
+            return 1e3 * seconds(1)
+        seconds(20)
+        number = max(20, min(500, round(20 / seconds(20))))  # a second, unless the step is long
+        return 1e3 * seconds(number) / number
+
+    def turns(self, inputs: dict, names: Iterable[str], moved: float) -> list[dict]:
+        """Arguments for several calls, those of these names copied for each: as many as pass the cache by.
+
+        moved: bytes that a call reads and writes.
+        """
+        number = 1 if self.rehearse else max(2, min(64, -(-RELOADED // max(1, int(moved)))))
+        rotated = {name: inputs[name].detach() for name in names if name in inputs}
+        return [inputs | {name: tensor.clone() for name, tensor in rotated.items()} for _ in range(number)]
 
     def reset_peak(self) -> None:
-        """Lets `peak` count from here."""
+        """Lets `note_peak` count from here."""
         if not self.rehearse:
+            gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
+            self.resident = torch.cuda.memory_allocated()
 
-    def peak(self) -> dict[str, float]:
-        """The most GPU memory in tensors since `reset_peak`; nothing in a rehearsal."""
-        return {} if self.rehearse else {"peak MB": torch.cuda.max_memory_allocated() / 2**20}
+    def note_peak(self) -> None:
+        """Ends what `peak` is about."""
+        if not self.rehearse:
+            self.highest = torch.cuda.max_memory_allocated()
+
+    def peak(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, float]:
+        """The most GPU memory in tensors in the last timed call, data apart; nothing in a rehearsal.
+
+        Data is what was there before it beside the model and the optimizer's state: images, logits, plans.
+        """
+        if self.rehearse:
+            return {}
+        data = self.resident - state_bytes(model, optimizer)
+        return {"peak MB": (self.highest - data) / MEBI, "data MB": data / MEBI}
+
+    @cached_property
+    def tflops(self) -> float:
+        """The rate of a large product in bf16, of 10^12 operations in a second."""
+        n = 256 if self.rehearse else 8192
+        a, b = (torch.randn(n, n, device=self.device, dtype=torch.bfloat16) for _ in range(2))
+        return 2e-9 * n**3 / self.milliseconds(lambda: a @ b)
+
+    @cached_property
+    def gigabytes_per_second(self) -> float:
+        """The rate of a copy of one gibibyte, read and written."""
+        x = torch.empty(MEBI if self.rehearse else 1024 * MEBI, dtype=torch.uint8, device=self.device)
+        y = torch.empty_like(x)
+        return 2e-6 * x.numel() / self.milliseconds(lambda: y.copy_(x))
+
+    def shares(self, milliseconds: float, counts: Counts) -> dict[str, float]:
+        """Which share of the measured rates a call reaches."""
+        return counts.shares(milliseconds, self.tflops, self.gigabytes_per_second)
 
     def recorder(self) -> Recorder:
-        """What a Trainer records its steps with; in a rehearsal they are called again instead of replayed."""
+        """What steps are recorded with; in a rehearsal they are called again instead of replayed."""
         return Again() if self.rehearse else CudaGraphs(torch.device(self.device))
 
     def compiled(self, function: Callable) -> Callable:
@@ -73,26 +180,49 @@ class Again:
         return call
 
 
-def captured(call: Callable[[], object]) -> Callable[[], None]:
-    """The replay of a CUDA graph of the call, after three real calls on a side stream."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
+def variant(name: str) -> Variant:
+    """The column of the parity table of this name."""
+    return next(column for column in VARIANTS if column.name == name)
+
+
+def nvidia_smi(query: str) -> str:
+    """What nvidia-smi says of the first GPU."""
+    try:
+        return subprocess.run(["nvidia-smi", "--id=0", f"--query-gpu={query}", "--format=csv,noheader"], timeout=20,
+                              capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"unknown ({error})"
+
+
+def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> int:
+    """Bytes of parameters, their gradients, buffers and the optimizer's state."""
+    tensors = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    if optimizer is not None:
+        tensors += [moment for state in optimizer.state.values() for moment in state.values()
+                    if isinstance(moment, Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def forward_backward(op: Callable, inputs: dict, grads: tuple[str, ...]) -> Callable[[], list[Tensor]]:
     """A call that gives the output and all gradients of an op on fixed inputs."""
     leaves = [inputs[name].requires_grad_() for name in grads]
+    cotangents: list[Tensor] = []  # made in the first call: filling it is not the op's work
 
     def call() -> list[Tensor]:
         out = op(**inputs)
-        return [out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+        if not cotangents:
+            cotangents.append(torch.ones_like(out))
+        return [out.detach(), *torch.autograd.grad(out, leaves, cotangents)]
 
     return call
+
+
+def _elapsed(replay: Callable[[], None], times: int) -> float:
+    """Milliseconds of so many replays."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(times):
+        replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)

@@ -7,11 +7,9 @@ number, with stored teacher logits, as `python -m deit_fast.train --fused --amp`
 from __future__ import annotations
 
 import io
-import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from functools import lru_cache
+from functools import cache, lru_cache, partial
 from itertools import chain, count, islice
 
 import torch
@@ -32,8 +30,9 @@ from deit_fast.training.graphs import GraphedSteps
 from deit_fast.training.job import Job
 from deit_fast.training.progress import Log
 
-from .machine import Machine, Row
-from .steps import baseline_step, timm_model
+from .machine import Machine
+from .results import Contender, Figures
+from .steps import BASELINES, Convert, counts_of, plain_step, speed
 
 PRESET, K, LEARNED_STEPS = "deit_nano_distilled_patch4_32", 10, 200
 RECIPE = Recipe(crop_pad=4, hflip=0.5)
@@ -94,94 +93,74 @@ def loss_curve(trainer: Trainer, steps: int) -> list[float]:
     return [after - before for before, after in zip([0.0, *sums], sums)]
 
 
-def losses(machine: Machine) -> Iterator[Row]:
+def losses(machine: Machine) -> Iterator[Contender]:
     """200 steps: graphs and eager steps must agree bit for bit, Triton and reference at first closely, at the end too.
 
     With deterministic kernels: otherwise two eager runs differ as well.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it PyTorch refuses cuBLAS here
-    set_determinism(True)
-    try:
-        yield from _agreements(machine)
-    finally:
-        set_determinism(False)
-
-
-def _agreements(machine: Machine) -> Iterator[Row]:
     steps, batch_size = (6, 2) if machine.rehearse else (LEARNED_STEPS, 64)
-    curves = {}
+
+    @cache
+    def curve(who: str, amp: bool, graphed: bool) -> list[float]:
+        """The losses of "triton", "reference", or "masked": reference with Triton's dropout masks, slow Philox."""
+        native, seeded = who == "triton", who != "reference"
+        augment = {"augment": "cpu" if machine.rehearse else "reference"} if who == "masked" else {}
+        set_determinism(True)
+        try:
+            with backends(machine, native), deit_fast.use_backend(**augment):
+                return loss_curve(make_trainer(machine, batch_size, graphed=graphed, seeded=seeded, amp=amp), steps)
+        finally:
+            set_determinism(False)
+
+    def replayed(who: str, amp: bool) -> Figures:
+        eager, graphed = (curve(who, amp, which) for which in (False, True))
+        different = [step for step, pair in enumerate(zip(eager, graphed)) if pair[0] != pair[1]]
+        return {"equal": not different, "first difference": different[0] if different else None,
+                "largest difference": max(abs(a - b) for a, b in zip(eager, graphed)), "last loss": eager[-1]}
+
+    def apart(amp: bool) -> Figures:
+        ours, plain, tail = curve("triton", amp, True), curve("masked", amp, False), max(1, steps // 10)
+        return {"largest relative difference of 10 steps": max(abs(a - b) / b for a, b in zip(ours[:10], plain)),
+                "of all steps": max(abs(a - b) / b for a, b in zip(ours, plain)),
+                "mean of the last tenth": sum(ours[-tail:]) / tail, "reference's": sum(plain[-tail:]) / tail}
+
     for amp in (False,) if machine.rehearse else (False, True):
-        for who, native in (("reference", False), ("triton", True)):
-            for graphed in (False, True):
-                with backends(machine, native):
-                    trainer = make_trainer(machine, batch_size, graphed=graphed, seeded=native, amp=amp)
-                    curves[who, amp, graphed] = loss_curve(trainer, steps)
-            eager, replayed = curves[who, amp, False], curves[who, amp, True]
-            different = [step for step, pair in enumerate(zip(eager, replayed)) if pair[0] != pair[1]]
-            yield f"{who} {'bf16' if amp else 'fp32'}: graphs against eager", {
-                "equal": not different, "first difference": different[0] if different else None,
-                "largest difference": max(abs(a - b) for a, b in zip(eager, replayed)), "last loss": eager[-1]}
-        with deit_fast.use_backend("reference", augment="cpu" if machine.rehearse else "reference"):
-            trainer = make_trainer(machine, batch_size, graphed=False, seeded=True, amp=amp)
-            plain = loss_curve(trainer, steps)  # slow: Philox in plain PyTorch, for the same masks
-        ours, tail = curves["triton", amp, True], max(1, steps // 10)
-        yield f"triton against reference, {'bf16' if amp else 'fp32'}, same masks", {
-            "largest relative difference of 10 steps": max(abs(a - b) / b for a, b in zip(ours[:10], plain)),
-            "of all steps": max(abs(a - b) / b for a, b in zip(ours, plain)),
-            "mean of the last tenth": sum(ours[-tail:]) / tail, "reference's": sum(plain[-tail:]) / tail}
+        dtype = "bf16" if amp else "fp32"
+        for who in ("reference", "triton"):
+            yield Contender(f"{dtype}: graphs against eager", who, partial(replayed, who, amp))
+        yield Contender(f"{dtype}: against reference, same masks", "triton", partial(apart, amp))
 
 
-def train_step(machine: Machine) -> Iterator[Row]:
+def train_step(machine: Machine) -> Iterator[Contender]:
     """Milliseconds, images/s and peak memory of a step, per contender.
 
     "ours" draws the plan, augments, reads stored logits and sets the learning rate; the baselines are handed one
     finished batch for ever, which does them a favour. The compiled ones are replayed from one CUDA graph, as ours is.
     """
     for B in (2,) if machine.rehearse else machine.batches:
+        row = f"batch {B}"
         for who, native, graphed in (("ours, graphs", True, True), ("ours, eager", True, False),
                                      ("reference, graphs", False, True)):
-            yield f"batch {B}: {who}", trainer_figures(machine, B, native, graphed)
-        for who, model, compiled in (("reference", None, False), ("reference", None, True), ("timm", timm_model, False),
-                                     ("timm", timm_model, True)):
-            name = f"batch {B}: {who}, {'max-autotune, graph' if compiled else 'eager'}"
-            try:
-                yield name, baseline_figures(machine, B, model, compiled)
-            except ImportError as error:
-                yield name, {"skipped": str(error)}
-            torch._dynamo.reset()
+            yield Contender(row, who, partial(trainer_figures, machine, B, native, graphed))
+        for who, convert in BASELINES.items():
+            for compiled, how in ((False, "eager"), (True, "max-autotune, graph")):
+                yield Contender(row, f"{who}, {how}", rank=int(compiled),
+                                measure=partial(plain_figures, machine, B, convert, compiled))
 
 
-def trainer_figures(machine: Machine, batch_size: int, native: bool, graphed: bool) -> dict[str, float]:
-    """The speed of a Trainer's steps; when it returns, their memory is free."""
-    machine.reset_peak()
+def trainer_figures(machine: Machine, batch_size: int, native: bool, graphed: bool) -> Figures:
+    """The speed and memory of a Trainer's steps; when it returns, their memory is free."""
     with backends(machine, native):
         trainer = make_trainer(machine, batch_size, graphed=graphed, seeded=native, amp=not machine.rehearse)
-        return figures(machine, batch_size, in_a_row(machine, steps_of(trainer)))
+        each = machine.in_a_row(steps_of(trainer))
+    model = trainer.job.model
+    return (speed(machine, batch_size, each, counts_of(model, batch_size, training=True, parameter=4))
+            | machine.peak(model, trainer.learner.optimizer))
 
 
-def baseline_figures(machine: Machine, batch_size: int, convert: Callable | None, compiled: bool) -> dict[str, float]:
-    """The speed of a plain loop's steps, of our model in plain PyTorch or of what `convert` makes of it."""
-    machine.reset_peak()
+def plain_figures(machine: Machine, batch_size: int, convert: Convert | None, compiled: bool) -> Figures:
+    """The speed and memory of a plain loop's steps, of our model in plain PyTorch or of what `convert` makes of it."""
     with deit_fast.use_backend("reference"):
-        step = baseline_step(machine, PRESET, batch_size, convert, compiled)
-        each = machine.milliseconds(step) if compiled else in_a_row(machine, (step() for _ in count()))
-    return figures(machine, batch_size, each)
-
-
-def figures(machine: Machine, batch_size: int, milliseconds: float) -> dict[str, float]:
-    """What a line of a step's speed says."""
-    return {"ms": milliseconds, "images/s": 1e3 * batch_size / milliseconds, **machine.peak()}
-
-
-def in_a_row(machine: Machine, steps: Iterator[None]) -> float:
-    """Milliseconds per step of many in a row, the host's part included, after some to warm up."""
-    warm, timed = (5, 1) if machine.rehearse else (50, 500)
-    finish: Callable[[], None] = (lambda: None) if machine.rehearse else torch.cuda.synchronize
-    for _ in islice(steps, warm):
-        pass
-    finish()
-    start = time.perf_counter()
-    for _ in islice(steps, timed):
-        pass
-    finish()
-    return 1e3 * (time.perf_counter() - start) / timed
+        step = plain_step(machine, PRESET, batch_size, convert, compiled)
+        each = machine.milliseconds(step.call) if compiled else machine.in_a_row(step.call() for _ in count())
+    return speed(machine, batch_size, each, step.counts) | machine.peak(step.model, step.optimizer)

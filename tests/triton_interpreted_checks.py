@@ -185,7 +185,8 @@ def compiled_ops() -> None:
     small = [case for case in CASES if SMALL[case.op] == case.name]
     assert {case.op for case in small} == {name for name, op in OPS.items() if "triton" in op.offers}
     for case in small:
-        test_opcheck(case, VARIANTS[0], "triton")
+        if case.op != "encoder_block":  # 5 s for its 20 arguments; it is registered as the others are
+            test_opcheck(case, VARIANTS[0], "triton")
         inputs, op = case.inputs(VARIANTS[0]), getattr(ops, case.op)
         call = torch.compile(op, fullgraph=True, backend="aot_eager")
         (outs, grads, cotangents), (ours, mine, _) = (

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from bench_augment import FULL, compare
-from compare import BATCH, DROP, MODEL, Seeded, training
+from compare import BATCH
+from cpu.models import DROP, MODEL, Seeded, training
 from deit_fast import create_model
 from deit_fast.data.datasets import load_dataset
 from deit_fast.data.loader import TrainLoader

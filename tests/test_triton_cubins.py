@@ -35,10 +35,10 @@ KERNEL_MODULES = (attention_kernels, augment_geometry, augment_kernels, block_ke
                   rowwise, reduction, distillation_loss)
 
 
-def launches(preset: str, dtype: str, names: list[str] = ALL_OPS) -> list[Launch]:
+def launches(preset: str, dtype: str, names: list[str] = ALL_OPS, batch: int = 64) -> list[Launch]:
     """The distinct kernels of a training step."""
     found = {}
-    for op, call in cubins.block_calls(preset, dtype).items():
+    for op, call in cubins.block_calls(preset, dtype, batch).items():
         if op in names:
             found.update({cubins.specialisation(launch): launch for launch in cubins.launches_of(op, call)})
     return list(found.values())
@@ -76,6 +76,14 @@ def test_report_size_on_hopper(dtype: str) -> None:
     """
     for launch in launches(NANO, dtype):
         check(launch, 90, 8 if dtype == "fp32" else 0)
+
+
+@pytest.mark.parametrize(("preset", "batch"), [(NANO, 1024), (TINY, 128)])
+def test_mlp_of_large_batches_on_hopper(preset: str, batch: int) -> None:
+    """Larger batches choose other tiles: the MLP as trained spills nothing in forward nor at the report's size."""
+    for launch in launches(preset, "bf16mixed", ["layernorm_mlp"], batch):
+        if launch.kernel.__name__ != "reduction_kernel":
+            check(launch, 90, 0 if preset == NANO else forward_spills_nothing(launch))
 
 
 @pytest.mark.parametrize("arch", [80, 100])

@@ -30,17 +30,16 @@ def forward_tiles(M: int, C: int, F: int, itemsize: int) -> Tiles:
     BLOCK_C = power_of_two(C)
     if itemsize == 4:
         return Tiles(min(32, power_of_two(M)), min(32, power_of_two(F)), BLOCK_C)
-    BLOCK_M = 32 if M <= 64 * PROGRAMS else 64
+    BLOCK_M = 32 if M <= 64 * PROGRAMS or BLOCK_C > 128 else 64  # 64 rows of 256 columns spill
     return Tiles(min(BLOCK_M, power_of_two(M)), min(64 if BLOCK_C <= 128 else 32, power_of_two(F)), BLOCK_C)
 
 
 def backward_tiles(M: int, C: int, F: int, itemsize: int) -> Tiles:
-    """Tiles of the fused backward kernel, both roles."""
+    """Tiles of the fused backward kernel, both roles; 64 rows spill at the report's width."""
     BLOCK_C = power_of_two(C)
     if itemsize == 4:
         return Tiles(16, min(32, power_of_two(F)), BLOCK_C, 8)
-    BLOCK_M = 32 if M <= 32 * PROGRAMS or BLOCK_C > 128 else 64
-    return Tiles(min(BLOCK_M, power_of_two(M)), min(64 if BLOCK_C <= 128 else 32, power_of_two(F)), BLOCK_C, 8)
+    return Tiles(min(32, power_of_two(M)), min(64 if BLOCK_C <= 128 else 32, power_of_two(F)), BLOCK_C, 8)
 
 
 def why_not(x: Tensor, ln_weight: Tensor, ln_bias: Tensor | None, fc1_weight: Tensor, fc1_bias: Tensor | None,

@@ -73,9 +73,13 @@ class Results:
         self.sections[section] = {"environment": self.environment, "rows": found.get("rows", {}),
                                   "clocks": found.get("clocks", {}), "left out": []}
 
+    def figures(self, section: str, job: Contender) -> Figures | None:
+        """What was written of a job, be it that it failed or was refused."""
+        return self.sections[section]["rows"].get(job.row, {}).get(job.who)
+
     def has(self, section: str, job: Contender) -> bool:
         """Whether the figures of a job are there."""
-        figures = self.sections[section]["rows"].get(job.row, {}).get(job.who)
+        figures = self.figures(section, job)
         return figures is not None and not any(name in figures for name in UNFINISHED)
 
     def add(self, section: str, job: Contender, figures: Figures, clocks: str) -> None:
@@ -124,7 +128,7 @@ def run(section: str, jobs: Iterable[Contender], results: Results, device: Devic
     for job in in_turn:
         _keep(section, job, _measured(job, device), results, device)
         device.settle()
-    results.leave_out(section, (job for job in missing if not results.has(section, job)))
+    results.leave_out(section, (job for job in missing if results.figures(section, job) is None))
 
 
 def _measured(job: Contender, device: Device) -> Figures | None:

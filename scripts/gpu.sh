@@ -58,7 +58,7 @@ for name; do
         graphs)
             check graphs
             run graphs-tests 300 env PYTHONPATH=.:tests "$python" -m pytest -q -p no:cacheprovider \
-                -k "gpu or captured" tests/test_graphs.py tests/test_optim.py
+                -k "gpu or captured" tests/test_graphs.py tests/test_graph_failures.py tests/test_optim.py
             ;;
         study)
             set=(--data-set folder --data-path "$data")

@@ -219,10 +219,10 @@ def gpu_sh(tmp_path: Path, *names: str, **settings: str) -> list[str]:
     """The lines that `scripts/gpu.sh` prints, a program that writes its arguments in the place of Python."""
     program = tmp_path / "program"
     program.write_text('#!/bin/sh\nwhile [ $# -gt 0 ]; do [ "$1" != --out ] || echo "{}" > "$2"; shift; done\n'
-                       f'mkdir -p {tmp_path}/work/study && touch {tmp_path}/work/study/report.md; exit 3\n')
+                       f'mkdir -p {tmp_path}/scratch/study && touch {tmp_path}/scratch/study/report.md; exit 3\n')
     program.chmod(0o755)
     environment = {**os.environ, "PYTHON": str(program), "RESULTS": str(tmp_path / "results"),
-                   "WORK": str(tmp_path / "work"), **settings}
+                   "WORK": str(tmp_path / "scratch"), **settings}
     result = subprocess.run(["bash", "scripts/gpu.sh", *names], cwd=ROOT, env=environment, capture_output=True,
                             text=True, check=True)
     return result.stdout.splitlines()
@@ -240,7 +240,7 @@ def test_script_leaves_three_files(tmp_path: Path) -> None:
 
 def test_script_goes_on_from_its_copy(tmp_path: Path) -> None:
     gpu_sh(tmp_path, "step")
-    (tmp_path / "work/gpu_check.json").write_text("earlier")
+    (tmp_path / "scratch/gpu_check.json").write_text("earlier")
     (tmp_path / "results/gpu_check.json").unlink()
     gpu_sh(tmp_path, "step", MINUTES="0")
     assert (tmp_path / "results/gpu_check.json").read_text() == "earlier"

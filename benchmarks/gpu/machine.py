@@ -17,7 +17,7 @@ from triton.errors import TritonError
 
 from cases import VARIANTS, Variant
 from deit_fast.errors import UserError
-from deit_fast.training.graphs import WARMUP, CudaGraphs, Recorder
+from deit_fast.training.graphs import WARMUP, CannotCapture, CudaGraphs, Recorder
 
 from .counts import Counts
 
@@ -36,7 +36,7 @@ class Machine:
         self.deadline = float("inf")  # of time.monotonic()
         self.resident = self.highest = 0  # bytes of GPU memory in tensors: before the last timed call, at most in it
         # What may go wrong in one contender and not cost the others; in a rehearsal everything must go well.
-        self.failures = () if rehearse else (RuntimeError, UserError, TritonError)
+        self.failures = () if rehearse else (RuntimeError, UserError, TritonError, CannotCapture)
 
     def left(self) -> float:
         """Seconds in which something new may start."""

@@ -26,7 +26,7 @@ from deit_fast.training.config import DistillationConfig, OptimConfig, RunConfig
 from deit_fast.training.device import set_determinism
 from deit_fast.training.distillation import Objective
 from deit_fast.training.engine import Trainer
-from deit_fast.training.graphs import GraphedSteps
+from deit_fast.training.graphs import CannotCapture, GraphedSteps
 from deit_fast.training.job import Job
 from deit_fast.training.progress import Log
 
@@ -87,9 +87,16 @@ def steps_of(trainer: Trainer) -> Iterator[None]:
     return chain.from_iterable(trainer.steps.epoch(epoch, 0) for epoch in range(1000))
 
 
+def check_replayed(trainer: Trainer) -> None:
+    """CannotCapture if steps that were to be replayed were launched one by one: theirs are not a graph's figures."""
+    if isinstance(trainer.steps, GraphedSteps) and trainer.steps.refused is not None:
+        raise CannotCapture(trainer.steps.refused)
+
+
 def loss_curve(trainer: Trainer, steps: int) -> list[float]:
     """The loss of each of the first steps."""
     sums = [trainer.learner.loss_sum.item() for _ in islice(steps_of(trainer), steps)]
+    check_replayed(trainer)
     return [after - before for before, after in zip([0.0, *sums], sums)]
 
 
@@ -153,6 +160,7 @@ def trainer_figures(machine: Machine, batch_size: int, native: bool, graphed: bo
     with backends(machine, native):
         trainer = make_trainer(machine, batch_size, graphed=graphed, seeded=native, amp=not machine.rehearse)
         each = machine.in_a_row(steps_of(trainer))
+        check_replayed(trainer)
     model = trainer.job.model
     return (speed(machine, batch_size, each, counts_of(model, batch_size, training=True, parameter=4))
             | machine.peak(model, trainer.learner.optimizer))

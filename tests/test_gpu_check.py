@@ -22,12 +22,14 @@ from deit_fast import reference, use_backend
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
-from gpu.correct import outcomes  # noqa: E402
+from gpu_check import SECTIONS  # noqa: E402
+from gpu import correct  # noqa: E402
+from gpu.correct import outcomes, parity  # noqa: E402
 from gpu.counts import BLOCK_OPS, Block, Counts, op_counts  # noqa: E402
 from gpu.inference import logits_figures  # noqa: E402
 from gpu.machine import Machine  # noqa: E402
 from gpu.op_speeds import Drawn, op_inputs  # noqa: E402
-from gpu.results import Contender, Refused, Results, ratios, run, table  # noqa: E402
+from gpu.results import Contender, Lost, Refused, Results, ratios, run, table  # noqa: E402
 from gpu.steps import BASELINES, plain_step  # noqa: E402
 from gpu.training import PRESET  # noqa: E402
 
@@ -41,16 +43,16 @@ def rehearse(out: Path, *flags: str) -> dict:
     return json.loads(out.read_text())
 
 
-HERE = {"device": "one GPU", "commit": "c0ffee", "date": "today"}
+HERE = {"device": "one GPU", "commit": "c0ffee", "sources": "5ca1e", "date": "today"}
 
 
 class Fake:
-    """A machine on which so many contenders may start."""
+    """A machine on which so many contenders may start, and which is lost behind the one of so many."""
 
     failures = (RuntimeError,)
 
-    def __init__(self, starts: int = 1000) -> None:
-        self.starts = starts
+    def __init__(self, starts: int = 1000, lost: int = -1) -> None:
+        self.starts, self.lost = starts, lost
 
     def left(self) -> float:
         self.starts -= 1
@@ -60,14 +62,16 @@ class Fake:
         return "1980 MHz"
 
     def settle(self) -> None:
-        pass
+        self.lost -= 1
+        if self.lost == 0:
+            raise Lost("the GPU")
 
 
 def measure(out: Path, names: str, environment: dict = HERE, section: str = "ops", **kinds) -> list[str]:
     """Which contenders of the row are measured when a section of these runs.
 
-    A capital raises, "x" misses its peer, "r" refuses.
-    kinds: the names of a rank, rank2="cd", or of processes, process="e"; starts: how many may start.
+    A capital raises, "x" misses its peer, "r" refuses, "k" takes the process with it.
+    kinds: the names of a rank, rank2="cd", or of processes, process="e"; starts, lost: see Fake.
     """
     done: list[str] = []
 
@@ -77,24 +81,29 @@ def measure(out: Path, names: str, environment: dict = HERE, section: str = "ops
             raise ImportError("no x")
         if name == "r":
             raise Refused("not of this size")
+        if name == "k":
+            raise KeyboardInterrupt
         if name.isupper():
-            raise RuntimeError("refused")
+            raise RuntimeError("refused:\n  here")
         return {"ms": float(len(done))}
 
     jobs = [Contender("row", name, partial(measured, name), 2 * (name in kinds.get("rank2", "")),
                       name in kinds.get("process", "")) for name in names]
-    run(section, jobs, Results(out, environment), Fake(kinds.get("starts", 1000)))
+    try:
+        run(section, jobs, Results(out, environment), Fake(kinds.get("starts", 1000), kinds.get("lost", -1)))
+    except (KeyboardInterrupt, Lost) as end:
+        done.append(type(end).__name__)
     return done
 
 
 def test_finished_figures_are_kept(tmp_path: Path) -> None:
-    """On the same machine and commit what is missing or failed is measured; elsewhere everything, of that section."""
+    """On the same machine what is missing is measured, then what failed; elsewhere everything, of that section."""
     out = tmp_path / "figures.json"
     assert measure(out, "abCxr") == ["a", "b", "C", "x", "r"]
     rows = json.loads(out.read_text())["ops"]["rows"]["row"]
-    assert rows["a"]["ms"] == 1 and "refused" in rows["C"]["error"] and rows["x"] == {"skipped": "no x"}
+    assert rows["a"]["ms"] == 1 and rows["C"]["error"] == "RuntimeError: refused: here" and rows["x"] == {"skipped": "no x"}
     assert rows["r"] == {"refused": "not of this size"}
-    assert measure(out, "abCxrd", HERE | {"date": "tomorrow"}) == ["C", "x", "d"]
+    assert measure(out, "abCxrd", HERE | {"date": "tomorrow"}) == ["d", "C", "x"]
     assert measure(out, "a", HERE | {"device": "another"}, section="step") == ["a"]
     sections = json.loads(out.read_text())
     assert sections["ops"]["environment"]["device"] == "one GPU" and len(sections["ops"]["rows"]["row"]) == 6
@@ -104,10 +113,59 @@ def test_finished_figures_are_kept(tmp_path: Path) -> None:
     assert set(json.loads(out.read_text())["ops"]["rows"]["row"]) == {"a"}, "figures of two machines in one section"
 
 
-@pytest.mark.parametrize("commit", ["unknown", "c0ffee+changes"])
-def test_figures_without_a_commit_are_not_kept(tmp_path: Path, commit: str) -> None:
-    for _ in range(2):
-        assert measure(tmp_path / "figures.json", "a", HERE | {"commit": commit}) == ["a"]
+def test_sources_say_what_figures_are_of(tmp_path: Path) -> None:
+    """Also where no commit does: a section's second turn on a copy without .git must not lose the first one's."""
+    out = tmp_path / "figures.json"
+    assert measure(out, "a", HERE | {"commit": "unknown"}) == ["a"]
+    assert measure(out, "ab", HERE | {"commit": "unknown"}) == ["b"]
+    assert measure(out, "abc") == ["c"]
+    assert measure(out, "abc", HERE | {"sources": "others"}) == ["a", "b", "c"]
+
+
+def test_what_took_the_process_or_the_gpu_comes_last(tmp_path: Path) -> None:
+    """Else every later call would end at the same contender."""
+    out = tmp_path / "figures.json"
+    assert measure(out, "akb") == ["a", "k", "KeyboardInterrupt"]
+    assert json.loads(out.read_text())["ops"]["rows"]["row"]["k"] == {"cut off": "while it ran"}
+    assert measure(out, "akbDe", lost=2) == ["b", "D", "Lost"]
+    assert json.loads(out.read_text())["ops"]["left out"] == ["row: e"]
+    assert measure(out, "akbDe") == ["e", "k", "KeyboardInterrupt"]
+
+
+def test_errors_are_counted(tmp_path: Path) -> None:
+    """A failed test or other bits too."""
+    rows = {str(figures): {"triton": figures} for figures in (
+        {"ms": 1.0}, {"equal": True}, {"passed": 2, "failed": []}, {"skipped": "not built"},
+        {"error": "refused"}, {"equal": False}, {"passed": 1, "failed": ["test_eager"]})}
+    out = tmp_path / "figures.json"
+    out.write_text(json.dumps({"ops": {"rows": rows}}))
+    assert Results(out, HERE).errors() == 3
+
+
+def test_a_run_without_tests_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the next call tries again."""
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 4, "", "no module\nfound"))
+    assert correct.tested(Machine(rehearse=True), [], "triton")["error"] == "no module found"
+
+
+def test_parity_of_every_backend() -> None:
+    """Of Triton in every dtype, of the CUDA kernels too."""
+    rows = {(job.row, job.who) for job in parity(Machine(rehearse=False))}
+    assert {("attention", f"triton, {variant.name}") for variant in VARIANTS} <= rows
+    assert {("augment", "cuda, bf16"), ("augment", "triton, fp16"), ("distillation_loss", "triton, autocast")} <= rows
+
+
+def test_rates_leave_the_peak_alone() -> None:
+    """The first contender of a process measures them after its own time, and before it asks for its own peak."""
+    class Loud(Machine):
+        def milliseconds(self, *calls: Callable[[], object]) -> float:
+            self.resident, self.highest = 1, 2
+            return 1.0
+
+    machine = Loud(rehearse=True)
+    machine.resident, machine.highest = 10, 20
+    assert machine.shares(1.0, Counts(1.0, 1.0))["of copy"] > 0
+    assert (machine.resident, machine.highest) == (10, 20)
 
 
 def test_order_and_end(tmp_path: Path) -> None:
@@ -215,11 +273,12 @@ def test_sections_are_merged(tmp_path: Path) -> None:
     assert environment["device"] == "CPU rehearsal" and environment["commit"] == "c0ffee"
 
 
-def gpu_sh(tmp_path: Path, *names: str, **settings: str) -> list[str]:
-    """The lines that `scripts/gpu.sh` prints, a program that writes its arguments in the place of Python."""
+def gpu_sh(tmp_path: Path, *names: str, ends: str = "exit 1", **settings: str) -> list[str]:
+    """The lines that `scripts/gpu.sh` prints; in the place of Python a program that writes files and then `ends`."""
     program = tmp_path / "program"
-    program.write_text('#!/bin/sh\nwhile [ $# -gt 0 ]; do [ "$1" != --out ] || echo "{}" > "$2"; shift; done\n'
-                       f'mkdir -p {tmp_path}/scratch/study && touch {tmp_path}/scratch/study/report.md; exit 3\n')
+    program.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n'
+                       'while [ $# -gt 0 ]; do [ "$1" != --out ] || echo "{}" > "$2"; shift; done\n'
+                       f'mkdir -p {tmp_path}/scratch/study && touch {tmp_path}/scratch/study/report.md; {ends}\n')
     program.chmod(0o755)
     environment = {**os.environ, "PYTHON": str(program), "RESULTS": str(tmp_path / "results"),
                    "WORK": str(tmp_path / "scratch"), **settings}
@@ -231,11 +290,28 @@ def gpu_sh(tmp_path: Path, *names: str, **settings: str) -> list[str]:
 def test_script_leaves_three_files(tmp_path: Path) -> None:
     """Whatever it runs; a failing check stops no other, and when the minutes are over nothing more is started."""
     lines = gpu_sh(tmp_path)
-    assert [line.split(":")[0] for line in lines if re.search(": exit 3 after", line)] == [
-        "build", "backends", "parity", "step", "inference", "ops", "graphs", "graphs-tests", "losses", "presets",
-        "rates", "augment", "study", "step", "ops", "presets"]
+    assert [line.split(":")[0] for line in lines if re.search(": exit 1 after", line)] == [
+        "build", "backends", "parity", "step", "ops", "graphs", "graphs-tests", "losses", "presets", "augment",
+        "inference", "rates", "study", "step", "ops", "presets", "parity"]
     assert {path.name for path in (tmp_path / "results").iterdir()} == {"gpu.log", "gpu_check.json", "study.tar.gz"}
     assert gpu_sh(tmp_path, "step", MINUTES="0") == ["step: left out, 0 minutes are over"]
+
+
+@pytest.mark.parametrize(("status", "turns"), [(3, 4), (139, 4), (1, 1), (124, 1)])
+def test_script_goes_on_without_what_took_the_gpu(tmp_path: Path, status: int, turns: int) -> None:
+    """A few times, within the minutes; every section has a time of its own, in the last quarter of which none starts."""
+    ends = "kill -SEGV $$" if status == 139 else f"exit {status}"
+    lines = gpu_sh(tmp_path, "step", ends=ends, MINUTES="2")
+    assert len([line for line in lines if line.startswith(f"step: exit {status} after")]) == turns
+    minutes = [float(call.split()[-1]) for call in (tmp_path / "calls").read_text().splitlines()]
+    assert len(minutes) == turns and all(1.2 < value <= 1.5 for value in minutes), minutes
+
+
+def test_script_has_a_time_for_every_section() -> None:
+    script = (ROOT / "scripts/gpu.sh").read_text()
+    seconds = dict(re.findall(r"\[(\w+)\]=(\d+)", script))
+    assert set(seconds) == set(SECTIONS) and all(int(value) < 480 for value in seconds.values())
+    assert set(SECTIONS) <= set(re.search(r"set -- (.*)", script)[1].split())
 
 
 def test_script_goes_on_from_its_copy(tmp_path: Path) -> None:
@@ -249,9 +325,7 @@ def test_script_goes_on_from_its_copy(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_every_section(tmp_path: Path) -> None:
     results = rehearse(tmp_path / "figures.json", "--minutes", "600")
-    script = (ROOT / "scripts/gpu.sh").read_text()
-    listed = re.search(r"set -- (.*)", script)[1].split()
-    assert set(results) <= set(listed), "scripts/gpu.sh leaves out a section"
+    assert set(results) == set(SECTIONS)
     assert not any(section["left out"] for section in results.values())
     rows = {name: section["rows"] for name, section in results.items()}
     assert rows["parity"]["attention"]["triton, fp32"]["exit"] == 0

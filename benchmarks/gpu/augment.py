@@ -1,5 +1,4 @@
-"""Augmentation on a GPU: right bits, no waiting, its share of the copy bandwidth, its peers, and the loader beside a
-training step.
+"""Augmentation on a GPU: no waiting, its share of the copy bandwidth, its peers, the loader beside a training step.
 
 Peers run eagerly and under `torch.compile`; since they draw on the host they cannot be captured, so they are held
 against our eager time. torchvision v2 on a batch draws one crop, flip and lambda for all of it, kornia one per image
@@ -25,7 +24,6 @@ from deit_fast.data.loader import TrainLoader
 from deit_fast.ops.augment import OP
 from syncs import CountSyncs
 
-from .correct import tested
 from .counts import Counts
 from .machine import Machine
 from .results import Contender, Figures
@@ -42,8 +40,7 @@ SIZES = ((32, 4096, 50_000), (224, 256, 1_280))  # side, batch, images resident:
 
 
 def augmentation(machine: Machine) -> Iterator[Contender]:
-    """Tests, synchronisations, speeds by size and recipe, an epoch of CIFAR-10, the loader beside a training step."""
-    yield tests(machine)
+    """Synchronisations, speeds by size and recipe, an epoch of CIFAR-10, the loader beside a training step."""
     for side, B, M in ((8, 2, 5),) if machine.rehearse else SIZES:
         for name, recipe in (("crop, flip, mix", PLAIN), ("with contrast", CONTRAST), ("full recipe", FULL),
                              ("resized crop, flip, mix", RESIZED)):
@@ -62,17 +59,6 @@ def augmentation(machine: Machine) -> Iterator[Contender]:
         for backend in NATIVE:
             yield Contender(f"loader beside a training step, batch {B}", backend,
                             partial(loader_beside_a_step, machine, B, backend))
-
-
-def tests(machine: Machine) -> Contender:
-    """The op's tests on this machine, a skip of Triton, or of CUDA where it is built, counted as a failure.
-
-    They replay a CUDA graph too.
-    """
-    cuda = OP.why_not_here("cuda")
-    arguments = ["tests/test_triton_augment.py", *(["-k", "slices"] if machine.rehearse else ["tests/test_augment.py"])]
-    return Contender("tests", "triton" if cuda else "triton and cuda", process=True,
-                     measure=partial(tested, machine, arguments, "triton" if cuda else "triton,cuda"))
 
 
 @lru_cache(maxsize=1)

@@ -23,33 +23,51 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def parity(machine: Machine) -> Iterator[Contender]:
-    """The parity table by op and dtype, a skip of Triton counted as a failure.
+    """The parity table by op and dtype, a skip of Triton, or of CUDA where it is built, counted as a failure.
 
-    Processes, so that kernels compile side by side.
+    Processes, so that kernels compile side by side. augment, whose bits have tests of their own, has only a dtype.
     """
     if machine.rehearse:
-        rows = {("attention", "fp32"): "attention-triton-fp32-3x7"}
+        rows = {("attention", "triton", "fp32"): "attention-triton-fp32-3x7"}
     else:
-        native = sorted(name for name, op in OPS.items() if "triton" in op.offers and name != "augment")
-        rows = {(name, variant.name): f"{name}-triton-{variant.name}-" for variant in VARIANTS for name in native}
-    for (op, variant), selection in rows.items():
-        yield Contender(op, f"triton, {variant}", process=True,
-                  measure=partial(tested, machine, ["tests/test_parity.py", "-k", selection], "triton"))
+        rows = {(name, backend, variant.name): f"{name}-{backend}-{variant.name}-"
+                for variant in VARIANTS for name, op in sorted(OPS.items()) for backend in ("triton", "cuda")
+                if backend in op.offers and (name != "augment" or variant in VARIANTS[:3])}
+    yield augment_bits(machine)
+    for (op, backend, variant), selection in rows.items():
+        yield Contender(op, f"{backend}, {variant}", process=True,
+                        measure=partial(table_tested, machine, op, backend, selection))
+
+
+def augment_bits(machine: Machine) -> Contender:
+    """The tests of augment's bits; they replay a CUDA graph too."""
+    cuda = OPS["augment"].why_not_here("cuda")
+    arguments = ["tests/test_triton_augment.py", *(["-k", "slices"] if machine.rehearse else ["tests/test_augment.py"])]
+    return Contender("augment: bits", "triton" if cuda else "triton and cuda", process=True,
+                     measure=partial(tested, machine, arguments, "triton" if cuda else "triton,cuda"))
+
+
+def table_tested(machine: Machine, op: str, backend: str, selection: str) -> Figures:
+    """What pytest says of a part of the parity table."""
+    if backend == "cuda" and (reason := OPS[op].why_not_here("cuda")):
+        return {"skipped": reason}
+    return tested(machine, ["tests/test_parity.py", "-k", selection], backend)
 
 
 def tested(machine: Machine, arguments: Sequence[str], required: str) -> Figures:
     """What pytest says of these tests; required: backends whose skips are failures. Cut off with the section's time."""
     command = [sys.executable, "-u", "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *arguments]
-    environment = {**os.environ, "DEIT_FAST_REQUIRE": required,
+    environment = {**os.environ, "DEIT_FAST_REQUIRE": required, "TORCHINDUCTOR_COMPILE_THREADS": "1",
                    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     try:
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment,
-                                timeout=None if machine.rehearse else max(1.0, machine.left() + 30))
+                                timeout=None if machine.rehearse else max(1.0, machine.left() + 15))
     except subprocess.TimeoutExpired as cut:
         return {"cut off": f"after {cut.timeout:.0f} s", **outcomes((cut.stdout or b"").decode(errors="replace"))}
     found = outcomes(result.stdout)
-    return {"exit": result.returncode, **(found if found["passed"] or found["failed"] else
-                                          found | {"result": (result.stderr or result.stdout)[-300:]})}
+    if not (found["passed"] or found["failed"]):
+        found["error"] = " ".join((result.stderr or result.stdout).split())[-300:]
+    return {"exit": result.returncode, **found}
 
 
 def outcomes(output: str) -> Figures:

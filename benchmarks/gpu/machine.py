@@ -13,13 +13,12 @@ from itertools import islice
 
 import torch
 from torch import Tensor, nn
-from triton.errors import TritonError
 
 from cases import VARIANTS, Variant
-from deit_fast.errors import UserError
-from deit_fast.training.graphs import WARMUP, CannotCapture, CudaGraphs, Recorder
+from deit_fast.training.graphs import WARMUP, CudaGraphs, Recorder
 
 from .counts import Counts
+from .results import Lost, one_line
 
 MEBI = 2**20
 TIMED = 0.2  # seconds, at the least, in which replays are timed
@@ -36,7 +35,7 @@ class Machine:
         self.deadline = float("inf")  # of time.monotonic()
         self.resident = self.highest = 0  # bytes of GPU memory in tensors: before the last timed call, at most in it
         # What may go wrong in one contender and not cost the others; in a rehearsal everything must go well.
-        self.failures = () if rehearse else (RuntimeError, UserError, TritonError, CannotCapture)
+        self.failures: tuple[type[Exception], ...] = () if rehearse else (Exception,)
 
     def left(self) -> float:
         """Seconds in which something new may start."""
@@ -49,10 +48,15 @@ class Machine:
     def settle(self) -> None:
         """Forgets compiled code and garbage of the last contender, so that the next has the memory.
 
-        RuntimeError after an error that leaves the process without a GPU: nothing measured from then on would count.
+        Lost after an error that leaves the process without a GPU, or, before torch 2.14, with a recording that never
+        ends (drawing says so): nothing measured from then on would count.
         """
         if not self.rehearse:
-            torch.cuda.synchronize()
+            try:
+                torch.randn(1, device=self.device)
+                torch.cuda.synchronize()
+            except RuntimeError as error:
+                raise Lost(one_line(error)) from error
         if "torch._dynamo" in sys.modules:
             torch._dynamo.reset()
         gc.collect()
@@ -146,14 +150,21 @@ class Machine:
         """The rate of a large product in bf16, of 10^12 operations in a second."""
         n = 256 if self.rehearse else 8192
         a, b = (torch.randn(n, n, device=self.device, dtype=torch.bfloat16) for _ in range(2))
-        return 2e-9 * n**3 / self.milliseconds(lambda: a @ b)
+        return 2e-9 * n**3 / self._aside(lambda: a @ b)
 
     @cached_property
     def gigabytes_per_second(self) -> float:
         """The rate of a copy of one gibibyte, read and written."""
         x = torch.empty(MEBI if self.rehearse else 1024 * MEBI, dtype=torch.uint8, device=self.device)
         y = torch.empty_like(x)
-        return 2e-6 * x.numel() / self.milliseconds(lambda: y.copy_(x))
+        return 2e-6 * x.numel() / self._aside(lambda: y.copy_(x))
+
+    def _aside(self, call: Callable[[], object]) -> float:
+        """`milliseconds`, but `peak` stays about the call before: a contender asks for rates before it asks for that."""
+        kept = self.resident, self.highest
+        milliseconds = self.milliseconds(call)
+        self.resident, self.highest = kept
+        return milliseconds
 
     def shares(self, milliseconds: float, counts: Counts) -> dict[str, float]:
         """Which share of the measured rates a call reaches."""

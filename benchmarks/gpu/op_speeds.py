@@ -135,7 +135,7 @@ def attentions() -> dict[str, Callable]:
             try:
                 return reference.attention(**inputs)
             except RuntimeError as error:
-                if "available kernel" in str(error) or "cuDNN" in str(error):
+                if any(sign in str(error) for sign in ("available kernel", "viable backend", "cuDNN")):
                     raise Refused(str(error).splitlines()[0]) from error
                 raise
 

@@ -3,7 +3,8 @@
     {section: {"environment": {...}, "rows": {row: {contender: {figure: value}}}, "clocks": {...}, "left out": [...]}}
 
 Each section says where it was measured, so that figures of two machines cannot be taken for one another's. A later
-call on the same machine, versions and commit measures only what is missing; on another it starts the section anew.
+call on the same machine, versions and sources measures only what is missing, what failed before at the end; on another
+it starts the section anew.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from __future__ import annotations
 import json
 import os
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +29,10 @@ UNFINISHED = ("error", "skipped", "cut off")  # figures of what a later call tri
 
 class Refused(Exception):
     """A contender that does not take what it is asked for: its figure is the reason."""
+
+
+class Lost(Exception):
+    """After the last contender this process can measure nothing more; a new one can."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,7 @@ class Device(Protocol):
         """What the processor runs at now."""
 
     def settle(self) -> None:
-        """Forgets what the last job left behind."""
+        """Forgets what the last job left behind; Lost where that cannot be done."""
 
 
 class Results:
@@ -98,43 +105,50 @@ class Results:
         atomic_write(self.path, lambda file: file.write(json.dumps(self.sections, indent=1).encode()))
 
     def errors(self) -> int:
-        """How many figures are errors."""
-        return sum("error" in figures for section in self.sections.values() for row in section["rows"].values()
+        """How many contenders ended in an error, a failed test or other bits than expected."""
+        return sum("error" in figures or bool(figures.get("failed")) or not figures.get("equal", True)
+                   for section in self.sections.values() for row in section["rows"].values()
                    for figures in row.values())
 
 
 def same_environment(one: dict[str, str], other: dict[str, str]) -> bool:
-    """Whether figures of two environments belong together: all but the date is equal, and the commit says what ran."""
+    """Whether figures of two environments belong together: the digest of the sources says what ran, not the commit."""
     def lasting(environment: dict[str, str]) -> dict[str, str]:
-        return {name: value for name, value in environment.items() if name != "date"}
+        return {name: value for name, value in environment.items() if name not in ("date", "commit")}
 
-    commit = other.get("commit", "unknown")
-    return lasting(one) == lasting(other) and commit != "unknown" and not commit.endswith("+changes")
+    return lasting(one) == lasting(other)
 
 
 def run(section: str, jobs: Iterable[Contender], results: Results, device: Device) -> None:
     """Measures what the results lack of a section: processes side by side, then the rest by rank.
 
-    Nothing is started when the device's time is over. A job that fails leaves its error in the place of its figures.
+    Nothing is started when the device's time is over. A job that fails leaves its error in the place of its figures,
+    and one that takes the process with it "cut off"; both come last the next time. Lost if the device is.
     """
     results.open(section)
-    missing = [job for job in jobs if not results.has(section, job)]
+    missing = sorted((job for job in jobs if not results.has(section, job)),
+                     key=lambda job: (results.figures(section, job) is not None, job.rank))
     processes = [job for job in missing if job.process]
-    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
+    with ThreadPoolExecutor(max(1, 3 * (os.cpu_count() or 1) // 4)) as pool:
         running = {pool.submit(_measured, job, device): job for job in processes}
         for done in as_completed(running):
             _keep(section, running[done], done.result(), results, device)
-    in_turn = sorted((job for job in missing if not job.process), key=lambda job: job.rank)
-    for job in in_turn:
-        _keep(section, job, _measured(job, device), results, device)
-        device.settle()
-    results.leave_out(section, (job for job in missing if results.figures(section, job) is None))
+    try:
+        for job in filter(lambda job: not job.process, missing):
+            figures = _measured(job, device, partial(results.add, section, job, {"cut off": "while it ran"}, ""))
+            if figures is None:
+                break
+            _keep(section, job, figures, results, device)
+            device.settle()
+    finally:
+        results.leave_out(section, (job for job in missing if results.figures(section, job) is None))
 
 
-def _measured(job: Contender, device: Device) -> Figures | None:
-    """The figures of a job or its error; None if it is too late to start it."""
+def _measured(job: Contender, device: Device, started: Callable[[], None] = lambda: None) -> Figures | None:
+    """The figures of a job or its error; None if it is too late to start it. `started` is called before it starts."""
     if device.left() <= 0:
         return None
+    started()
     start = time.monotonic()
     try:
         figures = job.measure()
@@ -143,8 +157,14 @@ def _measured(job: Contender, device: Device) -> Figures | None:
     except Refused as error:
         return {"refused": str(error)}
     except device.failures as error:
-        return {"error": f"{type(error).__name__}: {str(error).strip()[:300]}"}
+        traceback.print_exc()
+        return {"error": one_line(error)}
     return {**figures, "took s": round(time.monotonic() - start, 1)}
+
+
+def one_line(error: Exception) -> str:
+    """Its name and the beginning of its text, fit for a cell of a table."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _keep(section: str, job: Contender, figures: Figures | None, results: Results, device: Device) -> None:

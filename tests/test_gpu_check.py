@@ -22,7 +22,7 @@ from deit_fast import reference, use_backend
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
-from gpu_check import SECTIONS  # noqa: E402
+from gpu_check import AGAIN, SECTIONS, main  # noqa: E402
 from gpu import correct  # noqa: E402
 from gpu.correct import outcomes, parity  # noqa: E402
 from gpu.counts import BLOCK_OPS, Block, Counts, op_counts  # noqa: E402
@@ -101,7 +101,8 @@ def test_finished_figures_are_kept(tmp_path: Path) -> None:
     out = tmp_path / "figures.json"
     assert measure(out, "abCxr") == ["a", "b", "C", "x", "r"]
     rows = json.loads(out.read_text())["ops"]["rows"]["row"]
-    assert rows["a"]["ms"] == 1 and rows["C"]["error"] == "RuntimeError: refused: here" and rows["x"] == {"skipped": "no x"}
+    assert rows["a"]["ms"] == 1 and rows["C"]["error"] == "RuntimeError: refused: here"
+    assert rows["x"] == {"skipped": "no x"}
     assert rows["r"] == {"refused": "not of this size"}
     assert measure(out, "abCxrd", HERE | {"date": "tomorrow"}) == ["d", "C", "x"]
     assert measure(out, "a", HERE | {"device": "another"}, section="step") == ["a"]
@@ -130,6 +131,21 @@ def test_what_took_the_process_or_the_gpu_comes_last(tmp_path: Path) -> None:
     assert measure(out, "akbDe", lost=2) == ["b", "D", "Lost"]
     assert json.loads(out.read_text())["ops"]["left out"] == ["row: e"]
     assert measure(out, "akbDe") == ["e", "k", "KeyboardInterrupt"]
+
+
+def test_exit_code_of_a_lost_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """3 as long as some have not had their turn, so that the script calls again."""
+    def lost(_machine: Machine) -> None:
+        raise Lost("the GPU")
+
+    monkeypatch.setattr(Machine, "settle", lost)
+    out = tmp_path / "figures.json"
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--rehearse", "--only", "rates", "--out", str(out)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == AGAIN
+    main()
+    assert set(json.loads(out.read_text())["rates"]["rows"]) == {"bf16 matrix product", "copy"}
 
 
 def test_errors_are_counted(tmp_path: Path) -> None:
@@ -299,7 +315,7 @@ def test_script_leaves_three_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("status", "turns"), [(3, 4), (139, 4), (1, 1), (124, 1)])
 def test_script_goes_on_without_what_took_the_gpu(tmp_path: Path, status: int, turns: int) -> None:
-    """A few times, within the minutes; every section has a time of its own, in the last quarter of which none starts."""
+    """A few times, within the minutes; in the last quarter of a section's time nothing starts."""
     ends = "kill -SEGV $$" if status == 139 else f"exit {status}"
     lines = gpu_sh(tmp_path, "step", ends=ends, MINUTES="2")
     assert len([line for line in lines if line.startswith(f"step: exit {status} after")]) == turns

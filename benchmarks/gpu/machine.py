@@ -160,7 +160,7 @@ class Machine:
         return 2e-6 * x.numel() / self._aside(lambda: y.copy_(x))
 
     def _aside(self, call: Callable[[], object]) -> float:
-        """`milliseconds`, but `peak` stays about the call before: a contender asks for rates before it asks for that."""
+        """`milliseconds`, but `peak` stays about the call before, of which a contender asks after the rates."""
         kept = self.resident, self.highest
         milliseconds = self.milliseconds(call)
         self.resident, self.highest = kept

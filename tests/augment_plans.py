@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from deit_fast import reference
 from deit_fast.data.augmentation import Plan, neutral_plan
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -16,6 +17,11 @@ CLAMPED = [  # field, what is written into the first row, what the kernel takes 
     ("index", -1, 0), ("index", 5, 4), ("index", 2**40, 4), ("crop", -(2**31), -12), ("crop", 2**31 - 1, 12),
     ("jitter", -7, 0), ("jitter", 2**31 - 1, 64 << 16), ("partner", -(2**63), 0), ("partner", 99, 1),
     ("lam", -1.0, 0.0), ("lam", 7.0, 1.0), ("lam", float("nan"), 0.0),
+]
+
+FAR = [  # strides of image, channel, y and x with which 4 images of 32x32 span more than 2^31 bytes
+    (2**30, 1024, 32, 1), (1024, 2**30 + 4096, 32, 1), (1024 * 3, 1024, 2**26 + 2**24 + 4096 * 3, 1),
+    (1024 * 3, 1024, 32, 2**26 + 2**24 + 4096 * 3), (1024, 2**31 + 4096, 32, 1),
 ]
 
 
@@ -103,3 +109,29 @@ def garbage(plan: Plan) -> Plan:
             fields[name] = torch.randint(info.min, info.max, tensor.shape, generator=generator, dtype=tensor.dtype)
     fields["jitter_order"] = torch.randint(256, plan.jitter_order.shape, generator=generator, dtype=torch.uint8)
     return replace(plan, **fields)
+
+
+def far_apart(images: Tensor, strides: tuple[int, ...], device: str = "cpu") -> Tensor:
+    """The images (M, 3, H, W) with these strides; what lies between the pixels is never touched."""
+    span = sum((n - 1) * stride for n, stride in zip(images.shape, strides)) + 1
+    return torch.empty(span, dtype=torch.uint8, device=device).as_strided(images.shape, strides).copy_(images)
+
+
+def far_output(side: int, channels_last: bool) -> tuple[int, int, tuple[Tensor, Tensor, Plan], tuple[Tensor, Tensor]]:
+    """(B, n, inputs, the reference's last n rows): B rows of side x side, float16, are more than 2^31 elements.
+
+    All but the last rows are plain, and nothing but these is mixed with these.
+    """
+    last, M = 4, 6
+    B = 2**31 // (3 * side * side) + 2 * last
+    images, labels = random_images(M, 24, 20), torch.arange(M)
+    end = replace(random_plan(last, M, (24, 20), (side, side), 1, "const", seed=4), padding_mode="constant")
+    plain = neutral_plan(torch.arange(B - last) % M).tensors()
+    plain["resized_crop"] = torch.zeros(B - last, 4, dtype=torch.int32)
+    plain["jitter_order"] = torch.arange(4, dtype=torch.uint8).repeat(B - last, 1)
+    plain["jitter"] = torch.tensor([[65536, 65536, 65536, 0]], dtype=torch.int32).repeat(B - last, 1)
+    whole = {name: torch.cat([plain[name], tensor]) for name, tensor in end.tensors().items()}
+    whole["partner"][-last:] += B - last
+    expected = reference.augment(images, labels, end, MEAN, STD, 10, side, dtype=torch.float16,
+                                 channels_last=channels_last)
+    return B, last, (images, labels, replace(end, **whole)), expected

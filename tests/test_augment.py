@@ -7,27 +7,27 @@ roundings by construction. The reference itself is tested against torchvision an
 from __future__ import annotations
 
 import importlib
-import os
+import re
 from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 import cuda_on_host
+from augment_calls import NOISE, Call, calls, spoilt_calls
 from augment_plans import MEAN, STD, random_images, random_plan
 from deit_fast import ops, reference
 from deit_fast.data.augmentation import Plan, Recipe, neutral_plan, sample_plan
 from deit_fast.kernels import cpu
 from deit_fast.ops.augment import OP
 from needs import skip_or_fail
+from test_random_calls import _threads, share  # noqa: F401, the fixture gives the threads back
 
-EXAMPLES = int(os.environ.get("DEIT_FAST_EXAMPLES", "100"))
 ON_HOST = "cuda on a CPU"  # the same kernels, see cuda_on_host
 NATIVE = [*(backend for backend in ("cpu", "cuda", "triton") if backend in OP.offers), ON_HOST]
-NOISE = 2e-6  # |native - reference| of one N(0, 1) number: some roundings of 5.8, the largest there is
 
 GRID = [  # B, source, output, layout, recount
     (1, (1, 1), (1, 1), "chw", 1),
@@ -245,46 +245,31 @@ def test_instruction_sets_agree(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(x, results[i % 2])
 
 
-@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.data())
-def test_random_plans(data: st.DataObject) -> None:
-    """Any shapes, layouts and plans in range: the CPU kernel equals the reference."""
+@share(0.7)
+@given(calls(), st.sampled_from([1, 2, 3, 16]))
+def test_random_calls(call: Call, threads: int) -> None:
+    """Any shapes, layouts, settings and plans in range: the CPU kernel gives what the reference gives."""
     if cpu.why_not():
         skip_or_fail("cpu", cpu.why_not())
-    side = st.integers(1, 70)
-    B, source, size = data.draw(st.tuples(st.integers(0, 9), st.tuples(side, side), st.tuples(side, side)))
-    M, recount, seed = B + 1, data.draw(st.integers(0, 3)), data.draw(st.integers(0, 2**20))
-    plan = random_plan(B, M, source, size, recount, data.draw(st.sampled_from(["const", "rand", "pixel"])), seed,
-                       data.draw(st.booleans()), data.draw(st.booleans()))
-    images = random_images(M, *source, data.draw(st.sampled_from(["chw", "hwc"])), seed)
-    inputs = images, torch.arange(M) % 10, plan
-    (x, t), (expected, targets) = both("cpu", inputs, size, channels_last=data.draw(st.booleans()))
-    assert torch.equal(t, targets) and (x.shape[0] == 0 or (x - expected).abs().max() <= NOISE)
-    if plan.remode == "const":
-        assert torch.equal(x, expected)
+    torch.set_num_threads(threads)
+    call.assert_served(*ops.augment(**call.arguments(), backend="cpu"))
 
 
-@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.data())
-def test_random_plans_out_of_range(data: st.DataObject) -> None:
-    """One value anywhere in an int32: refused by its name, or, where it happens to be in range, right numbers."""
+@share(0.5)
+@given(spoilt_calls(most_fields=2, most=40))
+def test_random_calls_out_of_range(drawn: tuple[Call, list[str]]) -> None:
+    """Values anywhere in their dtype: refused by name, or, where they happen to be in range, right numbers."""
     if cpu.why_not():
         skip_or_fail("cpu", cpu.why_not())
-    images, labels, plan = batch(3, (9, 12), (10, 8), "chw", 2, seed=data.draw(st.integers(0, 100)))
-    names = [name for name, tensor in plan.tensors().items() if tensor.dtype not in (torch.bool, torch.float32)]
-    name = data.draw(st.sampled_from([name for name in names if name != "noise_key"]))
-    tensor = getattr(plan, name).clone()
-    near, far = st.integers(-40, 40), st.integers(-2**31, 2**31 - 1)
-    value = data.draw(st.integers(0, 255) if tensor.dtype == torch.uint8 else st.one_of(near, far))
-    tensor.view(-1)[data.draw(st.integers(0, tensor.numel() - 1))] = value
-    plan = replace(plan, **{name: tensor})
+    call, names = drawn
     try:
-        x, t = ops.augment(images, labels, plan, MEAN, STD, 10, (10, 8), backend="cpu")
+        x, targets = ops.augment(**call.arguments(), backend="cpu")
     except ValueError as error:
-        assert f"plan.{name}" in str(error)
+        assert any(name in str(error) for name in names)
+        with pytest.raises(ValueError, match=re.escape(str(error))):
+            ops.augment(**call.arguments(), backend="reference")
     else:
-        expected, targets = ops.augment(images, labels, plan, MEAN, STD, 10, (10, 8), backend="reference")
-        assert torch.equal(x, expected) and torch.equal(t, targets)
+        call.assert_served(x, targets)
 
 
 # ---- compiled and registered ----

@@ -138,6 +138,19 @@ def test_color_is_within_one_level(kind: int) -> None:
     assert worst <= 1
 
 
+@pytest.mark.parametrize("size", [(1, 1), (3, 50), (28, 28), (65, 33), (224, 224), (384, 384)])
+def test_color_of_any_size(size: tuple[int, int]) -> None:
+    """A factor for each image; contrast's mean is of 1 to 147,456 pixels."""
+    images = random_images(5, *size, seed=7)
+    order, factors = torch.tensor([[1, 2, 0]] * 5, dtype=torch.uint8), (0.0, 0.3, 0.8, 1.7, 5.0)
+    for kind, adjust in enumerate(ADJUST):
+        fixed = torch.full((5, 3), 65536, dtype=torch.int32)
+        fixed[:, kind] = torch.tensor([round(65536 * factor) for factor in factors])
+        ours = jitter(images.permute(0, 2, 3, 1), order, fixed).permute(0, 3, 1, 2)
+        theirs = torch.stack([adjust(image, factor) for image, factor in zip(images, factors)])
+        assert (ours.int() - theirs.int()).abs().max() <= 1
+
+
 def test_hue_is_within_one_level() -> None:
     """Every third level of two channels beside every fifteenth of the third: every sector and its borders."""
     level = torch.arange(0, 256, 3, dtype=torch.uint8)
@@ -288,6 +301,41 @@ def test_torchvision_mixing() -> None:
         torch.testing.assert_close(ours, transform.transform(unmixed, params), rtol=0, atol=1e-6)
         torch.testing.assert_close(targets, transform._mixup_label(labels, lam=lam), rtol=0, atol=1e-7)
         assert not torch.equal(targets, one_hot)
+
+
+@pytest.mark.parametrize(("rows", "source", "size"), [
+    (1, (28, 28), (28, 28)), (7, (32, 32), (32, 32)), (5, (40, 36), (28, 31)), (3, (224, 224), (224, 224)),
+    (3, (384, 384), (384, 384))])
+def test_the_sequence_of_operations(rows: int, source: tuple[int, int], size: tuple[int, int]) -> None:
+    """Crop, flips, one color step, normalising, erasing, then mixing: the peers' operators one after the other."""
+    g = torch.Generator().manual_seed(rows * size[0])
+    images, labels, pad = random_images(rows, *source, seed=rows), torch.arange(rows) % 5, 4
+    crop = torch.stack([torch.randint(-pad, have + pad - want + 1, (rows,), generator=g)
+                        for have, want in zip(source, size)], dim=1).int()
+    flip, vflip = torch.rand(2, rows, generator=g) < 0.5
+    factor, lam = 1.5, torch.rand(rows, generator=g)  # exact in binary: torchvision's product is ours
+    erased, cut = boxes(g, (rows, 1), *size), boxes(g, (rows,), *size)
+    cut[::2] = 0
+    plan = replace(neutral_plan(torch.arange(rows)), crop=crop, flip=flip, vflip=vflip, erase=erased, lam=lam, cut=cut,
+                   jitter=torch.tensor([[round(factor * 65536), 65536, 65536]] * rows, dtype=torch.int32),
+                   partner=torch.arange(rows).roll(1), remode="const", padding_mode="reflect")
+    ours, targets = augment(images, labels, plan, MEAN, STD, 5, size)
+    single = []
+    for row in range(rows):
+        y, x = crop[row].tolist()
+        image = TF.crop(TF.pad(images[row], [pad] * 4, padding_mode="reflect"), y + pad, x + pad, *size)
+        image = TF.horizontal_flip(image) if flip[row] else image
+        image = normalised(TF.adjust_brightness(TF.vertical_flip(image) if vflip[row] else image, factor))
+        y, x, h, w = erased[row, 0].tolist()
+        single.append(TF.erase(image, y, x, h, w, torch.zeros(1)))
+    for row, (y, x, h, w) in enumerate(cut.tolist()):
+        other, weight = single[row - 1], lam[row]
+        expected = single[row] * weight + other * (1 - weight)
+        if h * w:
+            expected = TF.erase(single[row], y, x, h, w, other[:, y:y + h, x:x + w])
+        torch.testing.assert_close(ours[row], expected, rtol=0, atol=2e-6)
+        one_hot = torch.nn.functional.one_hot(labels[[row, row - 1]], 5) * torch.stack([weight, 1 - weight])[:, None]
+        torch.testing.assert_close(targets[row], one_hot.sum(0), rtol=0, atol=1e-7)
 
 
 def test_smoothed_targets() -> None:

@@ -10,12 +10,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
 from torch import Tensor
 
 import cuda_on_host
+from augment_calls import Call, calls, clamped, spoilt_calls
 from augment_plans import CLAMPED, MEAN, STD, clamped_plans, garbage, random_images, random_plan
 from deit_fast import reference
 from deit_fast.data.plan import Plan, neutral_plan
+from test_random_calls import share
 
 pytestmark = pytest.mark.skipif(cuda_on_host.why_not() is not None, reason=str(cuda_on_host.why_not()))
 every_schedule = pytest.mark.parametrize("schedule", cuda_on_host.SCHEDULES)
@@ -110,3 +113,18 @@ def test_many_classes() -> None:
     plan = replace(neutral_plan(torch.arange(3)), partner=torch.tensor([1, 2, 0]), lam=torch.tensor([0.25, 1.0, 0.7]))
     call = random_images(3, 8, 8), torch.tensor([0, 2999, 1500]), plan, MEAN, STD, 3000, None, 0.1
     assert torch.equal(cuda_on_host.augment(*call)[1], reference.augment(*call)[1])
+
+
+@share(0.15)
+@given(calls(rows=(0, 5)))
+def test_random_calls(call: Call) -> None:
+    """Any shapes, layouts, settings and plans in range."""
+    call.assert_served(*cuda_on_host.augment(**call.arguments()))
+
+
+@share(0.15)
+@given(spoilt_calls(most_fields=12, most=40))
+def test_random_calls_out_of_range(drawn: tuple[Call, list[str]]) -> None:
+    """Values anywhere in their dtype, in several fields at once: the pixels and targets of the clamped plan."""
+    call, _names = drawn
+    clamped(call).assert_served(*cuda_on_host.augment(**call.arguments()))

@@ -12,9 +12,12 @@ from dataclasses import replace
 import numpy
 import pytest
 import torch
+from hypothesis import given
 from torch import Tensor
 
-from augment_plans import CLAMPED, MEAN, STD, clamped_plans, garbage, random_images, random_plan
+from augment_calls import NOISE, Call, calls, clamped, spoilt_calls
+from augment_plans import (CLAMPED, FAR, MEAN, STD, clamped_plans, far_apart, far_output, garbage, random_images,
+                           random_plan)
 from deit_fast import ops, reference
 from deit_fast.backend import BackendError, KernelError
 from deit_fast.data.augmentation import Plan, neutral_plan
@@ -22,10 +25,12 @@ from deit_fast.kernels.triton import INTERPRETED
 from deit_fast.ops.augment import OP
 from needs import skip_or_fail
 from test_augment_refusals import BAD_VALUES, wrong_inputs
+from test_random_calls import share
 
 op_module = importlib.import_module("deit_fast.ops.augment")  # the package's attribute of that name is the op
 DEVICE = "cpu" if INTERPRETED else "cuda"
-NOISE = 2e-6  # |native - reference| of one N(0, 1) number: some roundings of 5.8, the largest there is
+DRAWN = {"most": 14 if INTERPRETED else 70,  # pixels: the interpreter is slow, and a GPU compiles for every size
+         "dtypes": (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)}
 Batch = tuple[Tensor, Tensor, Plan]
 
 
@@ -231,6 +236,59 @@ def test_garbage_is_survived(size: tuple[int, int]) -> None:
     images, labels, plan = batch(2, (12, 11), size, seed=1)
     x, targets = ours((images, labels, garbage(plan)), size)
     assert x.isfinite().all() and targets.isfinite().all()
+
+
+def served(call: Call) -> tuple[Tensor, Tensor]:
+    inputs = (tensor.to(DEVICE) for tensor in (call.images, call.labels, call.plan))
+    return tuple(t.cpu() for t in ops.augment(*inputs, **call.settings, backend="triton"))
+
+
+@share(0.03)
+@given(calls(rows=(0, 3), **DRAWN))
+def test_random_calls(call: Call) -> None:
+    """Any shapes, layouts, settings and plans in range."""
+    call.assert_served(*served(call))
+
+
+@share(0.03)
+@given(spoilt_calls(most_fields=12, rows=(1, 2), **DRAWN))
+def test_random_calls_out_of_range(drawn: tuple[Call, list[str]]) -> None:
+    """Values anywhere in their dtype, in several fields at once: the pixels and targets of the clamped plan."""
+    call, _names = drawn
+    clamped(call).assert_served(*served(call))
+
+
+@pytest.mark.parametrize("resizes", [False, True])
+@pytest.mark.parametrize("strides", FAR)
+def test_sources_far_apart(strides: tuple[int, ...], resizes: bool) -> None:
+    """Offsets inside an image, and between images, beyond 2^31."""
+    plan = replace(random_plan(2, 4, (32, 32), (20, 24), seed=3, resizes=resizes), index=torch.tensor([3, 2]))
+    images = random_images(4, 32, 32)
+    x, _ = ours((far_apart(images, strides, DEVICE), torch.arange(4), plan), (20, 24))
+    assert torch.equal(x, expected((images, torch.arange(4), plan), (20, 24))[0])
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU makes all rows: test_augment_far.py")
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_last_rows_of_a_large_output(monkeypatch: pytest.MonkeyPatch, channels_last: bool) -> None:
+    """The programs of the last rows of more than 2^31 elements; the other programs do not run."""
+    from deit_fast.kernels.triton import augment as launcher
+    from triton.runtime.interpreter import interpreter_builder
+
+    B, last, inputs, (other, other_targets) = far_output(46, channels_last)  # an image is three tiles
+    plain = launcher.launch
+
+    def launch(op: str, kernel: object, grid: int, *call: object, **arguments: object) -> None:
+        begin = grid // B * (B - last)
+        with monkeypatch.context() as patch:
+            patch.setattr(interpreter_builder, "set_grid_idx",
+                          lambda x, y, z: setattr(interpreter_builder, "grid_idx", (begin + x, y, z)))
+            plain(op, kernel, grid - begin, *call, **arguments)
+
+    monkeypatch.setattr(launcher, "launch", launch)
+    x, targets = ops.augment(*inputs, MEAN, STD, 10, 46, dtype=torch.float16, channels_last=channels_last,
+                             backend="triton")
+    assert torch.equal(x[-last:], other) and torch.equal(targets[-last:], other_targets)
 
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])

@@ -68,6 +68,16 @@ def schedule(words: str) -> Iterator[None]:
         del os.environ["CUDA_ON_HOST"]
 
 
+@contextmanager
+def beginning_at(row: int, rows: int) -> Iterator[None]:
+    """Of every grid, which has the same number of blocks for each of `rows`, the blocks from that row on."""
+    os.environ["CUDA_ON_HOST_BEGIN"] = f"{row}/{rows}"
+    try:
+        yield
+    finally:
+        del os.environ["CUDA_ON_HOST_BEGIN"]
+
+
 def augment(images: Tensor, labels: Tensor, plan: Plan, mean: Sequence[float], std: Sequence[float], num_classes: int,
             size: int | tuple[int, int] | None = None, smoothing: float = 0.0, dtype: torch.dtype = torch.float32,
             channels_last: bool = False) -> tuple[Tensor, Tensor]:

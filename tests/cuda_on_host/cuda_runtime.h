@@ -11,6 +11,7 @@
 #include <ucontext.h>
 
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
@@ -58,6 +59,13 @@ inline Schedule schedule() {
     const char* set = std::getenv("CUDA_ON_HOST");
     const std::string words = set ? set : "";
     return {words.find("descending") != std::string::npos, words.find("late") != std::string::npos};
+}
+
+// The first block that runs: environment CUDA_ON_HOST_BEGIN, "row/rows" of the grid; the first of all without it.
+inline unsigned first_block(unsigned blocks) {
+    const char* set = std::getenv("CUDA_ON_HOST_BEGIN");
+    unsigned row = 0, rows = 1;
+    return set && std::sscanf(set, "%u/%u", &row, &rows) == 2 ? blocks / rows * row : 0;
 }
 
 // The dynamic shared memory that the kernels declare: address and bytes. Whoever includes the kernels defines it.
@@ -166,8 +174,9 @@ inline void run_grid(unsigned blocks, unsigned count, size_t shared, const std::
     const Schedule order = schedule();
     const auto [bytes, size] = dynamic_shared();
     gridDim.x = blocks, blockDim.x = count, body = kernel, late_copies = order.late;
-    for (unsigned b = 0; b < blocks; ++b) {
-        blockIdx.x = order.descending ? blocks - 1 - b : b;
+    const unsigned first = first_block(blocks);
+    for (unsigned n = 0; n < blocks - first; ++n) {
+        blockIdx.x = order.descending ? blocks - 1 - n : first + n;
         std::memset(bytes, 0xa5, shared);
 #if defined(__SANITIZE_ADDRESS__)
         ASAN_POISON_MEMORY_REGION(bytes + shared, size - shared);

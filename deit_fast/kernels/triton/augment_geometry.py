@@ -102,10 +102,11 @@ def reflect(place, size):
 
 @triton.jit
 def load_pixels(at, stride_c, wanted):
-    """(r, g, b) int32 at pointers to red (BLOCK,); 0 where not wanted."""
+    """(r, g, b) int32 at pointers to red (BLOCK,); 0 where not wanted. Twice stride_c may not fit an int32."""
+    green = at + stride_c
     r = tl.load(at, mask=wanted, other=0).to(tl.int32)
-    g = tl.load(at + stride_c, mask=wanted, other=0).to(tl.int32)
-    b = tl.load(at + 2 * stride_c, mask=wanted, other=0).to(tl.int32)
+    g = tl.load(green, mask=wanted, other=0).to(tl.int32)
+    b = tl.load(green + stride_c, mask=wanted, other=0).to(tl.int32)
     return r, g, b
 
 

@@ -50,7 +50,8 @@ def launches(preset: str, dtype: str, names: list[str] = ALL_OPS, batch: int = 6
     found = {}
     for op, call in cubins.block_calls(preset, dtype, batch).items():
         if op in names:
-            found.update({cubins.specialisation(launch): launch for launch in cubins.launches_of(op, call)})
+            with cubins.products(dtype):
+                found.update({cubins.specialisation(launch): launch for launch in cubins.launches_of(op, call)})
     return list(found.values())
 
 

@@ -7,7 +7,7 @@ The launchers run on `meta` tensors while `common.recording()` collects their la
 specialisations are those of a real run, each compiled once. Columns: registers per thread, stack bytes (spills),
 dynamic shared memory per program in bytes, SASS instructions. It ends with an error where a kernel needs more shared
 memory than the chip has, or spills more than tests/triton_spills.txt has written down; `--update` writes what it
-compiled there. One architecture takes half an hour of one core; Triton's cache makes another run short, and any option
+compiled there. One architecture takes an hour of one core; Triton's cache makes another run short, and any option
 cuts it in pieces.
 
 Covered: the presets; fp32, TF32, fp16, bf16, 16-bit activations with fp32 parameters; the batches in BATCHES; a

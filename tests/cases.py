@@ -190,6 +190,7 @@ LAYERNORM_MLP = [
         ("2x66x64", lambda m: {"x": m.normal(2, 66, 64), **_layernorm(m, 64), **_mlp(m, 64, 256)}, (), {"compiled": True}),
         ("1x198x192", lambda m: {"x": m.normal(1, 198, 192), **_layernorm(m, 192), **_mlp(m, 192, 768)}, (),
          {"slow_interpreted": True}),
+        ("2x5x192f96", lambda m: {"x": m.normal(2, 5, 192), **_layernorm(m, 192), **_mlp(m, 192, 96)}, (), {}),
         ("dropout", lambda m: {"x": m.normal(2, 66, 64), **_layernorm(m, 64), **_mlp(m, 64, 256), "dropout_p": 0.1,
                                "seed": m.seed()}, (), {}),
         ("droppath", lambda m: {"x": m.normal(6, 11, 64), **_layernorm(m, 64), **_mlp(m, 64, 256), "dropout_p": 0.25,

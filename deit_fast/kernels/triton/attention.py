@@ -1,9 +1,15 @@
-"""Attention on packed qkv: one program per block of queries of one head, in base-2 softmax.
+"""Attention on packed qkv in base-2 softmax: blocks of queries of a few heads forward, one head a program backward.
 
 A ViT's sequence is barely longer than a power of two (66 = 64 + 2, 198 = 3 * 64 + 6), so keys are cut into full blocks
 without a mask and one tail of the smallest power of two >= 16 that holds the rest: 80 and 208 keys are computed where
 whole powers of two take 128 and 256. Queries come in blocks of 16 (one warp each) for short sequences. head_dim 8 is
 padded to 16 only inside Q K^T, whose instruction needs it.
+
+A row of one head of 8 channels is 16 bytes, half of the smallest transfer. So forward takes as many heads as lie in 64
+bytes of a row, as the batch of a batched product with a warp for each; a program keeps the K and V of a short sequence
+on chip and walks over blocks of queries. More heads would save few transfers and fill small batches less evenly. Where
+images are few, as many programs share a group's blocks as find room at once, and each reads K and V: 5 at batch 64, 1
+from batch 199 on (66 tokens, 8 heads). Backward takes one head.
 
 Backward never sees the output: delta = sum_j P_ij dP_ij comes from a whole row of P, so there is neither a saved O
 nor an fp32 dq workspace, and every gradient is written once by one program (no atomics: bit-reproducible). Where dK and
@@ -25,6 +31,9 @@ from .common import cdiv, dot_precision, dropout_arguments, launch, power_of_two
 
 OP = "attention"
 LOG2E = 1.0 / math.log(2.0)
+WARPS = 132 * 24  # of forward, that an H100 holds at once: its registers hold 24 a multiprocessor
+SECTOR = 32  # bytes, the smallest transfer
+SHORT = 96  # tokens up to which K and V stay in a program and a warp takes 16 queries
 
 
 @dataclass(frozen=True)
@@ -44,9 +53,28 @@ def split_keys(N: int, BLOCK_N: int) -> tuple[int, int]:
     return FULL, power_of_two(N - FULL) if N > FULL else 0
 
 
-def forward_shape(N: int, D: int, itemsize: int) -> Shape:
-    """Tiles of the forward kernel for N tokens, head_dim D and elements of `itemsize` bytes."""
-    if N <= 96 or D > 128:
+def heads_together(N: int, H: int, D: int, itemsize: int) -> int:
+    """How many of H heads a forward program takes: the most of 1, 2, 4, 8 that divide H and lie in two sectors.
+
+    One, whose products may be larger, where a long sequence meets heads that fill sectors of their own.
+    """
+    heads = 8 if N <= SHORT or D * itemsize < SECTOR else 1
+    while H % heads or heads > 1 and heads * D * itemsize > 2 * SECTOR:
+        heads //= 2
+    return heads
+
+
+def shares(groups: int, blocks: int, num_warps: int) -> int:
+    """How many programs share the query blocks of a group of heads: as long as all warps find room at once."""
+    most = max(1, min(blocks, WARPS // max(1, groups * num_warps)))
+    return cdiv(blocks, cdiv(blocks, most))
+
+
+def forward_shape(N: int, D: int, itemsize: int, heads: int = 1) -> Shape:
+    """Tiles of the forward kernel for N tokens, head_dim D, `itemsize` bytes an element and `heads` heads."""
+    if heads > 1:
+        BLOCK_M, num_warps = 16 if N <= SHORT else 32, heads
+    elif N <= SHORT or D > 128:
         BLOCK_M, num_warps = 16, 1
     else:
         BLOCK_M, num_warps = (32, 2) if D <= 16 or itemsize == 4 else (64, 4)
@@ -100,9 +128,12 @@ def forward(qkv: Tensor, num_heads: int, scale: float | None, dropout_p: float, 
     D = C3 // (3 * num_heads)
     out = qkv.new_empty((B, N, C3 // 3))
     saved = saved_like(qkv, num_heads) if save else []
-    tiles = forward_shape(N, D, qkv.element_size())
-    launch(OP, attention_fwd_kernel, B * num_heads * cdiv(N, tiles.BLOCK_M), qkv, qkv_ptr=qkv, out_ptr=out,
-           lse_ptr=saved[0] if save else None, BLOCK_V=power_of_two(D, 8),
+    heads = heads_together(N, num_heads, D, qkv.element_size())
+    tiles = forward_shape(N, D, qkv.element_size(), heads)
+    groups = B * num_heads // heads
+    per_group = shares(groups, cdiv(N, tiles.BLOCK_M), tiles.num_warps)
+    launch(OP, attention_fwd_kernel, groups * per_group, qkv, qkv_ptr=qkv, out_ptr=out,
+           lse_ptr=saved[0] if save else None, shares=per_group, HEADS=heads, BLOCK_V=power_of_two(D, 8),
            **_arguments(tiles, qkv, num_heads, scale, dropout_p, seed))
     return out, saved
 

@@ -19,22 +19,33 @@ SITE = tl.constexpr(SITE_ATTENTION)
 
 
 @triton.jit
-def _load(ptr, rows, ROW: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
-    """Rows (BM, BLOCK_D) of one head; zero beyond token N (where MASKED) and beyond channel D."""
-    d = tl.arange(0, BLOCK_D)
-    pointers = ptr + rows[:, None] * ROW + d[None, :]
+def _load(ptr, rows, ROW: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
+          HEADS: tl.constexpr = 1):
+    """Rows of HEADS neighbouring heads ([HEADS,] BM, BLOCK_D); zero beyond token N (where MASKED) and channel D."""
+    column = tl.arange(0, HEADS * BLOCK_D)  # of the heads side by side, as they lie in memory but for padding
+    d = column % BLOCK_D
+    pointers = ptr + rows[:, None] * ROW + (column // BLOCK_D * D + d)[None, :]
     if MASKED:
-        return tl.load(pointers, mask=(rows < N)[:, None] & (d < D)[None, :], other=0.0)
-    if D == BLOCK_D:
-        return tl.load(pointers)
-    return tl.load(pointers, mask=(d < D)[None, :], other=0.0)
+        x = tl.load(pointers, mask=(rows < N)[:, None] & (d < D)[None, :], other=0.0)
+    elif D == BLOCK_D:
+        x = tl.load(pointers)
+    else:
+        x = tl.load(pointers, mask=(d < D)[None, :], other=0.0)
+    if HEADS > 1:
+        x = tl.trans(tl.reshape(x, (rows.shape[0], HEADS, BLOCK_D)), 1, 0, 2)
+    return x
 
 
 @triton.jit
-def _store(ptr, rows, value, ROW: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Writes value (BM, BLOCK_D) to the rows of one head."""
-    d = tl.arange(0, BLOCK_D)
-    tl.store(ptr + rows[:, None] * ROW + d[None, :], value.to(ptr.dtype.element_ty),
+def _store(ptr, rows, value, ROW: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+           HEADS: tl.constexpr = 1):
+    """Writes value ([HEADS,] BM, BLOCK_D) to the rows of HEADS neighbouring heads."""
+    column = tl.arange(0, HEADS * BLOCK_D)
+    d = column % BLOCK_D
+    value = value.to(ptr.dtype.element_ty)
+    if HEADS > 1:
+        value = tl.reshape(tl.trans(value, 1, 0, 2), (rows.shape[0], HEADS * BLOCK_D))
+    tl.store(ptr + rows[:, None] * ROW + (column // BLOCK_D * D + d)[None, :], value,
              mask=(rows < N)[:, None] & (d < D)[None, :])
 
 
@@ -68,45 +79,55 @@ def softmax_step(q, k, v, best, total, acc, scale, seed_ptr, rows, first, N: tl.
 
 
 @triton.jit
-def _attend(q, k_ptr, v_ptr, best, total, acc, scale, seed_ptr, head, rows, first, ROW: tl.constexpr, N: tl.constexpr,
-            D: tl.constexpr, BN: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, MASKED: tl.constexpr,
-            THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr, PRECISION: tl.constexpr):
-    """The online softmax's (best (BM,), total (BM,), acc (BM, BLOCK_V)) after the BN keys from `first`."""
+def _keys(k_ptr, v_ptr, first, ROW: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BN: tl.constexpr,
+          BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, MASKED: tl.constexpr, HEADS: tl.constexpr):
+    """(K ([HEADS,] BN, BLOCK_D), V ([HEADS,] BN, BLOCK_V)) of the BN keys from `first`."""
     keys = first + tl.arange(0, BN)
-    k = _load(k_ptr, keys, ROW, N, D, BLOCK_D, MASKED)  # (BN, BLOCK_D)
-    v = _load(v_ptr, keys, ROW, N, D, BLOCK_V, MASKED)  # (BN, BLOCK_V)
-    return softmax_step(q, k, v, best, total, acc, scale, seed_ptr, head * N + rows, first, N, MASKED, THRESHOLD,
-                        KEEP_SCALE, PRECISION)
+    return (_load(k_ptr, keys, ROW, N, D, BLOCK_D, MASKED, HEADS),
+            _load(v_ptr, keys, ROW, N, D, BLOCK_V, MASKED, HEADS))
 
 
-@triton.jit
-def attention_fwd_kernel(qkv_ptr, out_ptr, lse_ptr, seed_ptr, scale, N: tl.constexpr, H: tl.constexpr, D: tl.constexpr,
-                         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FULL: tl.constexpr, TAIL: tl.constexpr,
-                         BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, THRESHOLD: tl.constexpr,
-                         KEEP_SCALE: tl.constexpr, PRECISION: tl.constexpr):
-    """out (B, N, H, D) and lse (B, H, N); one program per (b, h, block of BLOCK_M queries)."""
-    blocks: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
+@triton.jit(do_not_specialize=["shares"])
+def attention_fwd_kernel(qkv_ptr, out_ptr, lse_ptr, seed_ptr, shares, scale, N: tl.constexpr, H: tl.constexpr,
+                         D: tl.constexpr, HEADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                         FULL: tl.constexpr, TAIL: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+                         THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr, PRECISION: tl.constexpr):
+    """out (B, N, H, D) and lse (B, H, N); one program per (b, HEADS heads, share).
+
+    It takes query blocks share, share + shares, ... K and V of at most BLOCK_N + TAIL keys are read once for all of
+    them; those of a longer sequence again for each, but for the tail.
+    """
     ROW: tl.constexpr = 3 * H * D
-    pid = tl.program_id(0)
-    head = (pid // blocks).to(tl.int64)  # b H + h
-    rows = pid % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    head = (tl.program_id(0) // shares).to(tl.int64) * HEADS  # b H + h, the first of HEADS
     q_ptr = qkv_ptr + head // H * N * ROW + head % H * D
     k_ptr = q_ptr + H * D
     v_ptr = k_ptr + H * D
-    q = _load(q_ptr, rows, ROW, N, D, BLOCK_D, True)  # (BM, BLOCK_D)
-    best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
-    for first in range(0, FULL, BLOCK_N):
-        best, total, acc = _attend(q, k_ptr, v_ptr, best, total, acc, scale, seed_ptr, head, rows, first, ROW, N, D,
-                                   BLOCK_N, BLOCK_D, BLOCK_V, False, THRESHOLD, KEEP_SCALE, PRECISION)
-    if TAIL > 0:
-        best, total, acc = _attend(q, k_ptr, v_ptr, best, total, acc, scale, seed_ptr, head, rows, FULL, ROW, N, D,
-                                   TAIL, BLOCK_D, BLOCK_V, True, THRESHOLD, KEEP_SCALE, PRECISION)
     out_ptr += head // H * N * H * D + head % H * D
-    _store(out_ptr, rows, acc / total[:, None], H * D, N, D, BLOCK_V)
-    if lse_ptr is not None:
-        tl.store(lse_ptr + head * N + rows, best + tl.log2(total), mask=rows < N)
+    if FULL == BLOCK_N:
+        k, v = _keys(k_ptr, v_ptr, 0, ROW, N, D, BLOCK_N, BLOCK_D, BLOCK_V, False, HEADS)
+    if TAIL > 0:
+        k_t, v_t = _keys(k_ptr, v_ptr, FULL, ROW, N, D, TAIL, BLOCK_D, BLOCK_V, True, HEADS)
+    for block in tl.range(tl.program_id(0) % shares, tl.cdiv(N, BLOCK_M), shares):
+        start = block * BLOCK_M
+        tokens = start + tl.arange(0, BLOCK_M)
+        i = tl.arange(0, HEADS * BLOCK_M)
+        token = start + i % BLOCK_M
+        rows = (head + i // BLOCK_M) * N + token  # (HEADS * BM,) of P as (B H N, N)
+        q = _load(q_ptr, tokens, ROW, N, D, BLOCK_D, True, HEADS)  # ([HEADS,] BM, BLOCK_D)
+        best = tl.full(q.shape[:-1], float("-inf"), tl.float32)
+        total = tl.zeros(q.shape[:-1], tl.float32)
+        acc = tl.zeros(q.shape[:-1] + (BLOCK_V,), tl.float32)
+        for first in range(0, FULL, BLOCK_N):
+            if FULL > BLOCK_N:
+                k, v = _keys(k_ptr, v_ptr, first, ROW, N, D, BLOCK_N, BLOCK_D, BLOCK_V, False, HEADS)
+            best, total, acc = softmax_step(q, k, v, best, total, acc, scale, seed_ptr, rows, first, N, False,
+                                            THRESHOLD, KEEP_SCALE, PRECISION)
+        if TAIL > 0:
+            best, total, acc = softmax_step(q, k_t, v_t, best, total, acc, scale, seed_ptr, rows, FULL, N, True,
+                                            THRESHOLD, KEEP_SCALE, PRECISION)
+        _store(out_ptr, tokens, acc / tl.expand_dims(total, -1), H * D, N, D, BLOCK_V, HEADS)
+        if lse_ptr is not None:
+            tl.store(lse_ptr + rows, tl.reshape(best + tl.log2(total), rows.shape), mask=token < N)
 
 
 @triton.jit

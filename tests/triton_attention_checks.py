@@ -1,0 +1,55 @@
+"""Checks of attention's groups of heads in Triton's interpreter, in the process of test_triton_attention.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from deit_fast import ops
+from deit_fast.kernels.triton import attention
+from deit_fast.reference import block
+from deit_fast.reference.philox import keep_mask
+
+SEED = torch.tensor(0x1234567_89ABCDEF)
+
+
+def masks() -> None:
+    """Equal logits and V = identity make dropout visible in groups of 2 and 4 heads: aligned and unaligned rows."""
+    for N, H, D, heads in ((8, 4, 8, 4), (16, 4, 16, 2), (14, 4, 14, 2)):
+        assert attention.heads_together(N, H, D, 2) == heads
+        qkv = torch.zeros(2, N, 3, H, D, dtype=torch.float16)
+        qkv[:, :, 2] = torch.eye(N, D)[None, :, None]
+        out = ops.attention(qkv.view(2, N, -1), H, dropout_p=0.3, seed=SEED, backend="triton")
+        mask = out.view(2, N, H, D).transpose(1, 2)[..., :N] > 0.5 / N  # (B, H, N, N)
+        assert torch.equal(mask, keep_mask((2, H, N, N), 0.3, SEED, block.SITE_ATTENTION)), N
+
+
+def results(qkv: Tensor, H: int, dropout_p: float, **change: object) -> tuple[Tensor, Tensor]:
+    """(out, log-sum-exp) with names of the launcher changed."""
+    before = {name: getattr(attention, name) for name in change}
+    for name, value in change.items():
+        setattr(attention, name, value)
+    out, (lse,) = attention.forward(qkv, H, None, dropout_p, SEED, save=True)
+    assert torch.equal(attention.forward(qkv, H, None, dropout_p, SEED, save=False)[0], out)
+    for name, value in before.items():
+        setattr(attention, name, value)
+    return out, lse
+
+
+def groups_and_shares() -> None:
+    """The same numbers whichever heads a program takes; the same bits however many programs share them."""
+    torch.manual_seed(0)
+    for N, H, D, dropout_p in ((1, 8, 8, 0.0), (17, 12, 8, 0.2), (34, 4, 5, 0.2), (66, 2, 8, 0.0), (130, 2, 7, 0.0)):
+        qkv = torch.randn(1, N, 3 * H * D)
+        assert attention.heads_together(N, H, D, 4) > 1
+        many = results(qkv, H, dropout_p)
+        one = results(qkv, H, dropout_p, WARPS=0)
+        assert all(map(torch.equal, many, one)), (N, H, D)
+        single = results(qkv, H, dropout_p, heads_together=lambda *_: 1)
+        assert all(torch.allclose(*pair, rtol=1e-5, atol=1e-5) for pair in zip(many, single)), (N, H, D)
+
+
+if __name__ == "__main__":
+    for check in (masks, groups_and_shares):
+        check()
+        print(f"{check.__name__}: ok")

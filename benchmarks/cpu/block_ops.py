@@ -39,8 +39,9 @@ def attention_share(head_dim: int, dropout: bool, backward: bool) -> float:
     return counted * head_dim / (done * head_dim + other)
 
 
-def op_calls(dtype: torch.dtype) -> dict[str, tuple[Callable[[str], Tensor], int]]:
-    """For each op, (its call with a backend's name, FLOP of forward), at the nano preset's shape and dropout."""
+def op_calls(dtype: torch.dtype) -> tuple[dict[str, tuple[Callable[[str], Tensor], int]], list[Tensor]]:
+    """For each op, (its call with a backend's name, FLOP of forward), at the nano preset's shape and dropout; then the
+    tensors that get gradients."""
     def tensor(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(shape) * scale).to(dtype).requires_grad_()
 
@@ -53,7 +54,7 @@ def op_calls(dtype: torch.dtype) -> dict[str, tuple[Callable[[str], Tensor], int
     def dropout(backend: str) -> tuple[float, Tensor | None]:
         return DROP, None if backend == "reference" else seed
 
-    return {
+    calls = {
         "layernorm_linear": (lambda be: ops.layernorm_linear(x, *norm, *w_qkv, backend=be), 2 * rows * C * 3 * C),
         "attention": (lambda be: ops.attention(qkv, HEADS, backend=be), 4 * rows * TOKENS * C),
         "attention dropped": (lambda be: ops.attention(qkv, HEADS, None, *dropout(be), backend=be),
@@ -62,42 +63,54 @@ def op_calls(dtype: torch.dtype) -> dict[str, tuple[Callable[[str], Tensor], int
         "layernorm_mlp": (lambda be: ops.layernorm_mlp(x, *norm, *mlp, 1e-6, *dropout(be), backend=be),
                           4 * rows * C * HIDDEN),
     }
+    return calls, [x, y, qkv, *norm, *w_qkv, *w_proj, *mlp]
 
 
-def split_times(calls: dict[str, Callable[[], Tensor]], rounds: int) -> tuple[Times, Times]:
-    """(forward, backward) seconds of each candidate in each round, after two rounds to warm up."""
+def split_times(calls: dict[str, Callable[[], Tensor]], leaves: list[Tensor], rounds: int) -> tuple[Times, Times]:
+    """(forward, backward) seconds of each candidate in each round, after two rounds to warm up.
+
+    A turn is three times forward and backward, of which the last counts: the first ones find the others' tensors in the
+    caches. Backward hands its gradients over; it does not add them to those of the turn before.
+    """
     times = ({name: [] for name in calls}, {name: [] for name in calls})
     for index in range(rounds + 2):
         for name, call in calls.items():
-            start = now()
-            out = call()
-            middle = now()
-            out.backward(torch.ones_like(out))
+            for _ in range(3):
+                for leaf in leaves:
+                    leaf.grad = None
+                start = now()
+                out = call()
+                middle = now()
+                grad = torch.ones_like(out)
+                begun = now()
+                out.backward(grad)
+                end = now()
             if index >= 2:
                 times[0][name].append(middle - start)
-                times[1][name].append(now() - middle)
+                times[1][name].append(end - begun)
     return times
 
 
 def compare_ops(peak: dict[torch.dtype, float], compiled: bool) -> None:
     """Prints, for each op and dtype, its rate beside the peak and how many times faster it is than `reference`."""
-    print(f"\nops at ({BATCH}, {TOKENS}, {C}), dropout {DROP}: GFLOP/s (% of peak), times faster than reference eager"
+    print(f"\nops at ({BATCH}, {TOKENS}, {C}), dropout {DROP}: GFLOP/s (% of peak, in the fastest turn), times faster than reference eager"
           f"{' / compiled' if compiled else ''}; attention also in % of its instruction roofline")
     for dtype in (torch.float32, torch.bfloat16):
-        for name, (call, flops) in op_calls(dtype).items():
+        calls, leaves = op_calls(dtype)
+        for name, (call, flops) in calls.items():
             candidates: Candidates = {"reference": lambda call=call: call("reference")}
             if OPS[name.split()[0]].why_not_here("cpu") is None:
                 candidates["ours"] = lambda call=call: call("cpu")
             if compiled:
                 candidates["compiled"] = torch.compile(lambda call=call: call("reference"), dynamic=False)
-            both, texts = split_times(candidates, 20), []
+            both, texts = split_times(candidates, leaves, 20), []
             for backward, times, work in ((False, both[0], flops), (True, both[1], 2 * flops)):
                 ours = "ours" if "ours" in candidates else "reference"
                 rate = work / statistics.median(times[ours])
-                shares = f"{100 * rate / peak[dtype]:3.0f} %"
+                shares = f"{100 * rate / peak[dtype]:3.0f} %, {100 * work / min(times[ours]) / peak[dtype]:3.0f} %"
                 if name.startswith("attention"):  # whose arithmetic is fp32 in both dtypes
                     roof = peak[torch.float32] * attention_share(C // HEADS, "dropped" in name, backward)
-                    shares += f", {100 * rate / roof:3.0f} % of its roofline"
+                    shares += f"; of its roofline {100 * rate / roof:3.0f} %, {100 * work / min(times[ours]) / roof:3.0f} %"
                 ratios = " / ".join(f"{ratio(times, other, ours):.2f}" for other in candidates if other != ours)
                 texts.append(f"{'backward' if backward else 'forward'} {rate / 1e9:6.0f} ({shares}) x {ratios or '-'}")
             note = "" if "ours" in candidates else "   (reference)"

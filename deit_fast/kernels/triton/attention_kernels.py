@@ -118,7 +118,7 @@ def attention_fwd_kernel(qkv_ptr, out_ptr, lse_ptr, seed_ptr, shares, scale, N: 
         total = tl.zeros(q.shape[:-1], tl.float32)
         acc = tl.zeros(q.shape[:-1] + (BLOCK_V,), tl.float32)
         for first in range(0, FULL, BLOCK_N):
-            if FULL > BLOCK_N:
+            if FULL != BLOCK_N:
                 k, v = _keys(k_ptr, v_ptr, first, ROW, N, D, BLOCK_N, BLOCK_D, BLOCK_V, False, HEADS)
             best, total, acc = softmax_step(q, k, v, best, total, acc, scale, seed_ptr, rows, first, N, False,
                                             THRESHOLD, KEEP_SCALE, PRECISION)

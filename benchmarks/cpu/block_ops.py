@@ -93,8 +93,8 @@ def split_times(calls: dict[str, Callable[[], Tensor]], leaves: list[Tensor], ro
 
 def compare_ops(peak: dict[torch.dtype, float], compiled: bool) -> None:
     """Prints, for each op and dtype, its rate beside the peak and how many times faster it is than `reference`."""
-    print(f"\nops at ({BATCH}, {TOKENS}, {C}), dropout {DROP}: GFLOP/s (% of peak, in the fastest turn), times faster than reference eager"
-          f"{' / compiled' if compiled else ''}; attention also in % of its instruction roofline")
+    print(f"\nops at ({BATCH}, {TOKENS}, {C}), dropout {DROP}: GFLOP/s (% of peak, that of the fastest turn), "
+          f"times faster than reference eager{' / compiled' if compiled else ''}; attention also in % of its instruction roofline")
     for dtype in (torch.float32, torch.bfloat16):
         calls, leaves = op_calls(dtype)
         for name, (call, flops) in calls.items():
@@ -106,11 +106,11 @@ def compare_ops(peak: dict[torch.dtype, float], compiled: bool) -> None:
             both, texts = split_times(candidates, leaves, 20), []
             for backward, times, work in ((False, both[0], flops), (True, both[1], 2 * flops)):
                 ours = "ours" if "ours" in candidates else "reference"
-                rate = work / statistics.median(times[ours])
-                shares = f"{100 * rate / peak[dtype]:3.0f} %, {100 * work / min(times[ours]) / peak[dtype]:3.0f} %"
+                rate, best = work / statistics.median(times[ours]), work / min(times[ours])
+                shares = f"{100 * rate / peak[dtype]:3.0f} %, {100 * best / peak[dtype]:3.0f} %"
                 if name.startswith("attention"):  # whose arithmetic is fp32 in both dtypes
                     roof = peak[torch.float32] * attention_share(C // HEADS, "dropped" in name, backward)
-                    shares += f"; of its roofline {100 * rate / roof:3.0f} %, {100 * work / min(times[ours]) / roof:3.0f} %"
+                    shares += f"; of its roofline {100 * rate / roof:3.0f} %, {100 * best / roof:3.0f} %"
                 ratios = " / ".join(f"{ratio(times, other, ours):.2f}" for other in candidates if other != ours)
                 texts.append(f"{'backward' if backward else 'forward'} {rate / 1e9:6.0f} ({shares}) x {ratios or '-'}")
             note = "" if "ours" in candidates else "   (reference)"

@@ -94,7 +94,8 @@ def split_times(calls: dict[str, Callable[[], Tensor]], leaves: list[Tensor], ro
 def compare_ops(peak: dict[torch.dtype, float], compiled: bool) -> None:
     """Prints, for each op and dtype, its rate beside the peak and how many times faster it is than `reference`."""
     print(f"\nops at ({BATCH}, {TOKENS}, {C}), dropout {DROP}: GFLOP/s (% of peak, that of the fastest turn), "
-          f"times faster than reference eager{' / compiled' if compiled else ''}; attention also in % of its instruction roofline")
+          f"times faster than reference eager{' / compiled' if compiled else ''}; attention also in % of its "
+          "instruction roofline")
     for dtype in (torch.float32, torch.bfloat16):
         calls, leaves = op_calls(dtype)
         for name, (call, flops) in calls.items():

@@ -19,7 +19,7 @@ from deit_fast.reference.augment import inside_box
 from deit_fast.reference.geometry import source_size
 
 NOISE = 2e-6  # |native - reference| of one N(0, 1) number: some roundings of 5.8, the largest there is
-ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}  # of a number, once
+ROUNDING = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}  # of a number, once
 LARGE = 10_000  # pixels: larger images come two at a time
 
 

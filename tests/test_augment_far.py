@@ -80,7 +80,7 @@ def test_large_output(backend: str, channels_last: bool) -> None:
     if OP.why_not_here(backend) or backend == "triton" and not torch.cuda.is_available():
         skip_or_fail(backend, OP.why_not_here(backend) or "there is no CUDA GPU")
     if free_memory() < 8 << 30:
-        pytest.skip("less than 8 GB of memory are free")
+        skip_or_fail(backend, "less than 8 GB of memory are free")
     device = "cpu" if backend == "cpu" else "cuda"
     B, last, inputs, expected = far_output(224, channels_last)
     x, targets = ops.augment(*(tensor.to(device) for tensor in inputs), MEAN, STD, 10, 224, dtype=torch.float16,

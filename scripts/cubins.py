@@ -43,7 +43,7 @@ from triton.compiler import ASTSource, CompiledKernel  # noqa: E402
 from deit_fast import ops  # noqa: E402
 from deit_fast.data.plan import neutral_plan  # noqa: E402
 from deit_fast.kernels.triton import augment  # noqa: E402
-from deit_fast.kernels.triton.common import Launch, recording  # noqa: E402
+from deit_fast.kernels.triton.common import HOPPER, Launch, recording  # noqa: E402
 from deit_fast.models.presets import PRESETS  # noqa: E402
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes per program, CUDA programming guide
@@ -122,11 +122,12 @@ def more_calls(preset: str, dtype: str, batch: int, save: bool) -> list[tuple[st
     return calls
 
 
-def launches_of(op: str, call: tuple, needs: list[bool] | None = None, save: bool = True) -> list[Launch]:
+def launches_of(op: str, call: tuple, needs: list[bool] | None = None, save: bool = True,
+                arch: int = HOPPER) -> list[Launch]:
     """The launches of an op's forward and, if it saves, backward, for the gradients in `needs` (all, if None)."""
     native, module = native_op(op), importlib.import_module(f"deit_fast.kernels.triton.{op}")
     needs = [call[i] is not None for i in native.grads] if needs is None else needs
-    with recording() as found:
+    with recording(arch) as found:
         out, saved = module.forward(*call, save=save)
         if save:
             call = tuple(None if i == native.added else argument for i, argument in enumerate(call))
@@ -145,13 +146,14 @@ def products(dtype: str) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def preset_launches(preset: str, dtype: str, batch: int, mode: str, names: Collection[str]) -> list[Launch]:
+def preset_launches(preset: str, dtype: str, batch: int, mode: str, names: Collection[str],
+                    arch: int = HOPPER) -> list[Launch]:
     """All launches of these ops in one training step ("train", "regularised") or one call for "inference"."""
     save = mode != "inference"
     calls = [*block_calls(preset, dtype, batch, mode).items(), *more_calls(preset, dtype, batch, save)]
     with products(dtype):
         return [launch for op, call in calls if op in names and (save or op != "distillation_loss")
-                for launch in launches_of(op, call, save=save)]
+                for launch in launches_of(op, call, save=save, arch=arch)]
 
 
 def augment_launches(side: int, dtype: torch.dtype, resizes: bool = False, remode: str = "pixel",
@@ -187,11 +189,11 @@ class Cell:
 
 
 def matrix(presets: Collection[str], names: Collection[str], dtypes: Collection[str],
-           batches: Collection[int] = BATCHES, modes: Collection[str] = MODES) -> Iterator[Cell]:
-    """Every distinct kernel that these presets launch, once."""
+           batches: Collection[int] = BATCHES, modes: Collection[str] = MODES, arch: int = HOPPER) -> Iterator[Cell]:
+    """Every distinct kernel that these presets launch on sm_<arch>, once."""
     seen = set()
     for preset, dtype, batch, mode in itertools.product(presets, dtypes, batches, modes):
-        found = preset_launches(preset, dtype, batch, mode, names)
+        found = preset_launches(preset, dtype, batch, mode, names, arch)
         if "augment" in names and batch == 64 and mode == "train":  # whose kernels do not depend on the batch
             for options in AUGMENT_OPTIONS:
                 found += augment_launches(PRESETS[preset]["img_size"], DTYPES[dtype][0], **options)
@@ -302,11 +304,11 @@ def main() -> None:
     print("| sm | preset | dtype | batch | mode | kernel | grid | warps | registers | stack | shared | instructions |")
     print("|---" * 12 + "|")
     ledger, stacks, refused, lower = Ledger(), {}, [], []
-    for cell in matrix(chosen.preset, chosen.op, chosen.dtype, chosen.batch, chosen.mode):
-        launch, name = cell.launch, cell.launch.kernel.__name__
-        if chosen.kernel and not any(part in name for part in chosen.kernel):
-            continue
-        for arch in chosen.arch:
+    for arch in chosen.arch:
+        for cell in matrix(chosen.preset, chosen.op, chosen.dtype, chosen.batch, chosen.mode, arch):
+            launch, name = cell.launch, cell.launch.kernel.__name__
+            if chosen.kernel and not any(part in name for part in chosen.kernel):
+                continue
             usage, key = compile_launch(launch, arch), f"sm_{arch} {specialisation(launch)}"
             stacks[key] = usage.stack
             print(f"| {arch} | {cell.preset} | {cell.dtype} | {cell.batch} | {cell.mode} | {name} | {launch.grid[0]} | "

@@ -1,8 +1,8 @@
 """What all launchers share: when to refuse a call, how to launch, and how to see launches without a GPU.
 
-A launcher chooses its tiles by shape alone, in one function per op, so that the hot path neither measures nor waits and
-a CUDA graph can capture it. `recording()` collects the launches in place of making them: the tests compile exactly the
-kernels that the launchers choose, on a machine without a GPU.
+A launcher chooses its tiles by shape and architecture alone, in one function per op, so that the hot path neither
+measures nor waits and a CUDA graph can capture it. `recording()` collects the launches in place of making them: the
+tests compile exactly the kernels that the launchers choose, on a machine without a GPU.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -35,18 +36,35 @@ class Launch:
     arguments: dict[str, Any]
 
 
+HOPPER = 90
 _recorded: list[Launch] | None = None
+_recorded_for = HOPPER
 
 
 @contextmanager
-def recording() -> Iterator[list[Launch]]:
-    """Yields a list that collects the launches made inside, none of which runs: call launchers on `meta` tensors."""
-    global _recorded
-    before, _recorded = _recorded, []
+def recording(arch: int = HOPPER) -> Iterator[list[Launch]]:
+    """Yields a list that collects the launches made inside, none of which runs: call launchers on `meta` tensors.
+
+    arch: the architecture that they are meant for, as in sm_90.
+    """
+    global _recorded, _recorded_for
+    before = _recorded, _recorded_for
+    _recorded, _recorded_for = [], arch
     try:
         yield _recorded
     finally:
-        _recorded = before
+        _recorded, _recorded_for = before
+
+
+def architecture(x: Tensor) -> int:
+    """The architecture of x's GPU, as in sm_90; without a GPU the one that launches are recorded for."""
+    return _architecture(x.device.index) if x.is_cuda else _recorded_for
+
+
+@lru_cache
+def _architecture(device: int) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def launch(op: str, kernel: Any, grid: int, x: Tensor, **arguments: Any) -> None:

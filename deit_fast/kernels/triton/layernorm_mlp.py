@@ -15,8 +15,8 @@ from torch import Tensor
 
 from deit_fast.reference.block import SITE_MLP_HIDDEN, SITE_MLP_OUTPUT
 
-from .common import (cdiv, contiguous, dot_precision, dropout_arguments, empty, launch, power_of_two, refusal,
-                     rows_per_sample)
+from .common import (HOPPER, architecture, cdiv, contiguous, dot_precision, dropout_arguments, empty, launch,
+                     power_of_two, refusal, rows_per_sample)
 from .linear import PROGRAMS, Tiles, fused, only_needed, row_splits, wide_weight_gradients, zero_gradients
 from .mlp_kernels import layernorm_mlp_bwd_kernel, layernorm_mlp_fwd_kernel
 from .reduction import Partials, reduce
@@ -35,12 +35,13 @@ def forward_tiles(M: int, C: int, F: int, itemsize: int, mixed: bool = False) ->
                  8 if mixed and BLOCK_C > 128 else 4)
 
 
-def backward_tiles(M: int, C: int, F: int, itemsize: int) -> Tiles:
-    """Tiles of the fused backward kernel, both roles; 64 rows spill at the report's width."""
+def backward_tiles(M: int, C: int, F: int, itemsize: int, arch: int = HOPPER) -> Tiles:
+    """Tiles of the fused backward kernel, both roles; 64 rows spill at the report's width, before Hopper 64 features."""
     BLOCK_C = power_of_two(C)
     if itemsize == 4:
         return Tiles(16, min(32, power_of_two(F)), BLOCK_C, 8)
-    return Tiles(min(32, power_of_two(M)), min(64 if BLOCK_C <= 128 else 32, power_of_two(F)), BLOCK_C, 8)
+    BLOCK_F = 64 if BLOCK_C <= 128 and arch >= HOPPER else 32
+    return Tiles(min(32, power_of_two(M)), min(BLOCK_F, power_of_two(F)), BLOCK_C, 8)
 
 
 def why_not(x: Tensor, ln_weight: Tensor, ln_bias: Tensor | None, fc1_weight: Tensor, fc1_bias: Tensor | None,
@@ -108,7 +109,7 @@ def _fused_backward(g: Tensor, x: Tensor, ln_weight: Tensor, ln_bias: Tensor | N
                     dw_needed: bool) -> list[Tensor | None]:
     """All gradients of rows g, x (M, C) by one launch and one sum; None where a role was not needed."""
     (M, C), F = x.shape, fc1_weight.shape[0]
-    tiles = backward_tiles(M, C, F, x.element_size())
+    tiles = backward_tiles(M, C, F, x.element_size(), architecture(x))
     dx_programs = min(cdiv(M, tiles.BLOCK_M), PROGRAMS) if dx_needed else 0
     blocks = cdiv(F, tiles.BLOCK_F)
     splits, rows_per_split = row_splits(M, blocks, tiles.BLOCK_M) if dw_needed else (0, 0)

@@ -212,7 +212,7 @@ def specialisation(launch: Launch) -> str:
 
 def sixteen_bit_forward(launch: Launch) -> bool:
     """Whether this is a forward kernel on 16-bit activations, which must not spill."""
-    dtypes = {value.dtype for value in launch.arguments.values() if isinstance(value, Tensor)}
+    dtypes = {value.dtype for value in launch.arguments.values() if isinstance(value, Tensor)}  # tuples: of gradients
     return "bwd" not in launch.kernel.__name__ and bool(dtypes & {torch.float16, torch.bfloat16})
 
 
@@ -247,6 +247,8 @@ class Ledger:
 
 
 def _kind(launch: Launch, name: str, value: object) -> str:
+    if isinstance(value, tuple) and all(isinstance(each, Tensor) for each in value):
+        return "(" + ",".join(POINTERS[each.dtype] for each in value) + ")"
     if isinstance(value, Tensor):
         return POINTERS[value.dtype]
     if value is None or name in OPTIONS or launch.kernel.params[launch.kernel.arg_names.index(name)].is_constexpr:
@@ -270,6 +272,10 @@ def compiled_kernel(launch: Launch, arch: int) -> CompiledKernel:
             signature[parameter.name], constants[parameter.name] = "constexpr", value
             continue
         signature[parameter.name] = kind
+        if kind.startswith("("):
+            signature[parameter.name] = tuple(POINTERS[each.dtype] for each in value)
+            attributes.update({(i, j): [["tt.divisibility", 16]] for j in range(len(value))})
+            continue
         aligned = not parameter.do_not_specialize_on_alignment
         if kind.startswith("*") and aligned or kind == "i32" and not parameter.do_not_specialize and value % 16 == 0:
             attributes[(i,)] = [["tt.divisibility", 16]]

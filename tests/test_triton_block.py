@@ -34,6 +34,31 @@ def test_block_at_the_reports_size_on_hopper() -> None:
         assert registers <= 65536 / 2 or "attn_dropout_p" in settings
 
 
+@pytest.mark.parametrize("dtype", ["bf16mixed", "fp32"])
+def test_block_in_a_training_step(dtype: str) -> None:
+    """Five launches; backward's own spill nothing on any chip, nor do the sums of all gradients."""
+    call = cubins.block_calls(NANO, dtype)["encoder_block"]
+    for arch in cubins.SHARED_LIMIT:
+        found = cubins.launches_of("encoder_block", call, arch=arch)
+        assert [launch.kernel.__name__ for launch in found] == [
+            "encoder_block_fwd_kernel", "encoder_block_bwd_mlp_kernel", "attention_bwd_kernel",
+            "encoder_block_bwd_qkv_kernel", "reduction_kernel"]
+        for launch in (found[1], found[3], found[4]) if dtype != "fp32" or arch == 90 else ():
+            check(launch, arch, 0)
+
+
+def test_wide_blocks_of_large_batches_on_hopper() -> None:
+    """At C = 128, which no preset has, with more row tiles than programs: neither the block nor its ops spill."""
+    call = encoder_block.Arguments(*cubins.block_calls(NANO, "bf16", batch=512)["encoder_block"])
+    wide = {name: each.new_empty([2 * side if side in (64, 192, 256) else side for side in each.shape])
+            for name, each in call._asdict().items() if isinstance(each, torch.Tensor)}
+    call = call._replace(**wide)
+    for op, arguments in (("encoder_block", call), ("layernorm_linear", call.layernorm_linear())):
+        for launch in cubins.launches_of(op, arguments):
+            if launch.kernel.__name__ not in ("reduction_kernel", "attention_bwd_kernel"):
+                check(launch, 90, 0)
+
+
 def test_block_reads_qkv_behind_its_barrier() -> None:
     """What other threads of the program stored is read behind the barrier only, never through the cache for constants.
 

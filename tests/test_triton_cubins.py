@@ -30,8 +30,9 @@ import cubins  # noqa: E402
 
 from deit_fast.backend import KernelError  # noqa: E402
 from deit_fast.kernels.triton import (INTERPRETED, attention, attention_kernels, augment,  # noqa: E402
-                                      augment_geometry, augment_kernels, block_kernels, common, distillation_loss,
-                                      layernorm_mlp, linear, linear_kernels, mlp_kernels, reduction, rowwise)
+                                      augment_geometry, augment_kernels, block_backward_kernels, block_kernels,
+                                      common, distillation_loss, layernorm_mlp, linear, linear_kernels, mlp_kernels,
+                                      reduction, rowwise)
 from deit_fast.kernels.triton.common import Launch, cdiv  # noqa: E402
 from too_large import TooLarge  # noqa: E402
 
@@ -41,8 +42,8 @@ LEDGER = cubins.Ledger()
 NANO = "deit_nano_distilled_patch4_32"
 TINY, SMALL = "deit_tiny_distilled_patch16_224", "deit_small_distilled_patch16_224"
 ALL_OPS = ["layernorm_linear", "attention", "linear_residual", "layernorm_mlp", "encoder_block", "distillation_loss"]
-KERNEL_MODULES = (attention_kernels, augment_geometry, augment_kernels, block_kernels, linear_kernels, mlp_kernels,
-                  rowwise, reduction, distillation_loss)
+KERNEL_MODULES = (attention_kernels, augment_geometry, augment_kernels, block_backward_kernels, block_kernels,
+                  linear_kernels, mlp_kernels, rowwise, reduction, distillation_loss)
 
 
 def launches(preset: str, dtype: str, names: list[str] = ALL_OPS, batch: int = 64, arch: int = 90) -> list[Launch]:

@@ -92,6 +92,30 @@ def block_shares() -> None:
     encoder_block.PROGRAMS = most
 
 
+def block_backward_is_the_fours() -> None:
+    """Its gradients are those of the four ops: masks, drop-path, absent biases, one or several row tiles a program."""
+    most, recorded = encoder_block.PROGRAMS, []
+    original = encoder_block.launch
+    encoder_block.launch = lambda op, kernel, *rest, **named: (recorded.append(kernel.__name__),
+                                                                original(op, kernel, *rest, **named))
+    no_biases = {name: None for name in Arguments._fields if name.endswith("_bias")}
+    for absent, encoder_block.PROGRAMS in ((no_biases, most), ({}, 1)):
+        call = block_call(3, 18, 12, 3, 21)._replace(**absent)
+        out, saved = encoder_block.forward(*call, save=True)
+        grad, needs = torch.randn(out.shape), [each is not None for each in call[:13]]
+        recorded.clear()
+        ours = encoder_block.backward(grad, saved, needs, *call)
+        assert recorded == ["encoder_block_bwd_mlp_kernel", "encoder_block_bwd_qkv_kernel"], recorded
+        theirs = encoder_block.chain.backward(grad, saved, needs, *call)
+        for name, one, four in zip(Arguments._fields, ours, theirs, strict=False):
+            assert one.shape == four.shape and torch.allclose(one, four, rtol=1e-4, atol=2e-5), name
+    recorded.clear()
+    frozen = [name != "fc1_bias" for name in Arguments._fields[:13]]
+    grads = encoder_block.backward(grad, saved, frozen, *call)
+    assert not recorded and [g.numel() > 0 for g in grads] == frozen
+    encoder_block.PROGRAMS, encoder_block.launch = most, original
+
+
 def gradients_repeat() -> None:
     """Two backward passes give the same bits."""
     torch.manual_seed(0)
@@ -242,7 +266,7 @@ def key_splits() -> None:
 
 if __name__ == "__main__":
     for check in (attention_masks, linear_residual_masks, mlp_masks, block_saves_what_the_four_save, block_shares,
-                  gradients_repeat, frozen_parameters, many_tiles_per_program, refusals, stepping_down, compiled_ops,
+                  block_backward_is_the_fours, gradients_repeat, frozen_parameters, many_tiles_per_program, refusals, stepping_down, compiled_ops,
                   compiled_model, compiled_stepping_down, key_splits):
         check()
         print(f"{check.__name__}: ok")

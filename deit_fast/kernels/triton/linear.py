@@ -39,11 +39,9 @@ def forward_tiles(M: int, C: int, F: int, itemsize: int) -> Tiles:
 def backward_tiles(M: int, C: int, F: int, itemsize: int) -> Tiles:
     """Tiles of the backward kernel, both roles."""
     BLOCK_C = power_of_two(C)
-    if itemsize == 4:
-        BLOCK_M, BLOCK_F, num_warps = 32, 32, 4 if BLOCK_C <= 64 else 8
-    else:
-        BLOCK_M, BLOCK_F, num_warps = 32 if M <= 32 * PROGRAMS or BLOCK_C > 128 else 64, 64, 4 if BLOCK_C <= 128 else 8
-    return Tiles(min(BLOCK_M, power_of_two(M)), min(BLOCK_F, power_of_two(F)), BLOCK_C, num_warps)
+    BLOCK_M = 32 if itemsize == 4 or M <= 32 * PROGRAMS or BLOCK_C > 128 else 64
+    return Tiles(min(BLOCK_M, power_of_two(M)), min(64 if itemsize == 2 else 32, power_of_two(F)), BLOCK_C,
+                 4 if BLOCK_C <= 64 else 8)
 
 
 def row_splits(M: int, feature_blocks: int, BLOCK_M: int) -> tuple[int, int]:

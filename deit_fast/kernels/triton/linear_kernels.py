@@ -88,41 +88,57 @@ def _gradient(grad_ptr, seed_ptr, row_scale_ptr, rows, rows_per_sample, first, M
 
 
 @triton.jit
+def linear_dx(x_ptr, grad_ptr, ln_weight_ptr, weight_ptr, seed_ptr, row_scale_ptr, rows, rows_per_sample, M, eps,
+              C: tl.constexpr, F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
+              LAYERNORM: tl.constexpr, THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr, PRECISION: tl.constexpr):
+    """(dx (BM, BLOCK_C), and summed over these rows LayerNorm's dweight and dbias (BLOCK_C,)), fp32."""
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    cols = tl.arange(0, BLOCK_C)
+    dh = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    for first in range(0, F, BLOCK_F):
+        g = _gradient(grad_ptr, seed_ptr, row_scale_ptr, rows, rows_per_sample, first, M, F, BLOCK_F, THRESHOLD,
+                      KEEP_SCALE)  # (BM, BLOCK_F)
+        w = load(weight_ptr, first + tl.arange(0, BLOCK_F), cols, F, C).to(dtype)  # (BLOCK_F, BLOCK_C)
+        dh = tl.dot(g.to(dtype), w, dh, input_precision=PRECISION)
+    dln_weight = tl.zeros((BLOCK_C,), tl.float32)
+    dln_bias = dln_weight
+    if LAYERNORM:
+        mean, rstd = row_statistics(x_ptr, rows, M, eps, C, BLOCK_C)
+        xhat = normalise(x_ptr, rows, cols, mean, rstd, M, C)
+        dln_weight = tl.sum(dh * xhat, 0)
+        dln_bias = tl.sum(dh, 0)
+        dh = layer_norm_gradient(dh, xhat, rstd, ln_weight_ptr, cols, C)
+    return dh, dln_weight, dln_bias
+
+
+@triton.jit
 def _dx_tiles(x_ptr, grad_ptr, ln_weight_ptr, weight_ptr, dx_ptr, vector_ptr, seed_ptr, row_scale_ptr, pid, programs, M,
               rows_per_sample, eps, C: tl.constexpr, F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
               BLOCK_C: tl.constexpr, LAYERNORM: tl.constexpr, THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr,
               PRECISION: tl.constexpr):
     """dx of row tiles pid, pid + programs, ...; vector[pid] = sums of LayerNorm's (dweight, dbias)."""
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
     cols = tl.arange(0, BLOCK_C)
     dln_weight = tl.zeros((BLOCK_C,), tl.float32)
     dln_bias = tl.zeros((BLOCK_C,), tl.float32)
     for tile in range(pid, tl.cdiv(M, BLOCK_M), programs):
         rows = (tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-        dh = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-        for first in range(0, F, BLOCK_F):
-            g = _gradient(grad_ptr, seed_ptr, row_scale_ptr, rows, rows_per_sample, first, M, F, BLOCK_F, THRESHOLD,
-                          KEEP_SCALE)  # (BM, BLOCK_F)
-            w = load(weight_ptr, first + tl.arange(0, BLOCK_F), cols, F, C).to(dtype)  # (BLOCK_F, BLOCK_C)
-            dh = tl.dot(g.to(dtype), w, dh, input_precision=PRECISION)
-        if LAYERNORM:
-            mean, rstd = row_statistics(x_ptr, rows, M, eps, C, BLOCK_C)
-            xhat = normalise(x_ptr, rows, cols, mean, rstd, M, C)
-            dln_weight += tl.sum(dh * xhat, 0)
-            dln_bias += tl.sum(dh, 0)
-            dh = layer_norm_gradient(dh, xhat, rstd, ln_weight_ptr, cols, C)
-        store(dx_ptr, rows, cols, dh, M, C)
+        dx, of_ln_weight, of_ln_bias = linear_dx(
+            x_ptr, grad_ptr, ln_weight_ptr, weight_ptr, seed_ptr, row_scale_ptr, rows, rows_per_sample, M, eps, C, F,
+            BLOCK_M, BLOCK_F, BLOCK_C, LAYERNORM, THRESHOLD, KEEP_SCALE, PRECISION)
+        dln_weight += of_ln_weight
+        dln_bias += of_ln_bias
+        store(dx_ptr, rows, cols, dx, M, C)
     if LAYERNORM:
         tl.store(vector_ptr + pid * 2 * C + cols, dln_weight, mask=cols < C)
         tl.store(vector_ptr + pid * 2 * C + C + cols, dln_bias, mask=cols < C)
 
 
 @triton.jit
-def _dw_piece(x_ptr, grad_ptr, ln_weight_ptr, ln_bias_ptr, matrix_ptr, seed_ptr, row_scale_ptr, piece, rows_per_split,
-              M, rows_per_sample, eps, C: tl.constexpr, F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr,
-              BLOCK_C: tl.constexpr, LAYERNORM: tl.constexpr, BIAS: tl.constexpr, THRESHOLD: tl.constexpr,
-              KEEP_SCALE: tl.constexpr, PRECISION: tl.constexpr):
-    """matrix[split] = (dW, db) of one block of features over one split of the rows."""
+def linear_dw(x_ptr, grad_ptr, ln_weight_ptr, ln_bias_ptr, matrix_ptr, seed_ptr, row_scale_ptr, piece, rows_per_split,
+              M, rows_per_sample, eps, C: tl.constexpr, F: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
+              BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr, LAYERNORM: tl.constexpr, BIAS: tl.constexpr,
+              THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr, PRECISION: tl.constexpr):
+    """matrix[split, :F C + F] = (dW, db) of one block of features over one split; matrix (splits, WIDTH)."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     blocks: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
     split = (piece // blocks).to(tl.int64)
@@ -142,7 +158,6 @@ def _dw_piece(x_ptr, grad_ptr, ln_weight_ptr, ln_bias_ptr, matrix_ptr, seed_ptr,
                       KEEP_SCALE)
         dw = tl.dot(tl.trans(g.to(dtype)), h, dw, input_precision=PRECISION)
         db += tl.sum(g, 0)
-    WIDTH: tl.constexpr = F * C + (F if BIAS else 0)
     matrix_ptr += split * WIDTH
     store(matrix_ptr, features, cols, dw, F, C)
     if BIAS:
@@ -164,6 +179,7 @@ def linear_bwd_kernel(x_ptr, grad_ptr, ln_weight_ptr, ln_bias_ptr, weight_ptr, d
                       KEEP_SCALE, PRECISION)
     if matrix_ptr is not None:
         if pid >= dx_programs:
-            _dw_piece(x_ptr, grad_ptr, ln_weight_ptr, ln_bias_ptr, matrix_ptr, seed_ptr, row_scale_ptr,
-                      pid - dx_programs, rows_per_split, M, rows_per_sample, eps, C, F, BLOCK_M, BLOCK_F, BLOCK_C,
-                      LAYERNORM, BIAS, THRESHOLD, KEEP_SCALE, PRECISION)
+            WIDTH: tl.constexpr = F * C + (F if BIAS else 0)
+            linear_dw(x_ptr, grad_ptr, ln_weight_ptr, ln_bias_ptr, matrix_ptr, seed_ptr, row_scale_ptr,
+                      pid - dx_programs, rows_per_split, M, rows_per_sample, eps, C, F, WIDTH, BLOCK_M, BLOCK_F,
+                      BLOCK_C, LAYERNORM, BIAS, THRESHOLD, KEEP_SCALE, PRECISION)

@@ -79,37 +79,53 @@ def _output_gradient(grad_ptr, seed_ptr, row_scale_ptr, rows, rows_per_sample, M
 
 
 @triton.jit
+def mlp_dx(x_ptr, grad_ptr, ln_weight_ptr, ln_bias_ptr, fc1_weight_ptr, fc1_bias_ptr, fc2_weight_ptr, seed_ptr,
+           row_scale_ptr, rows, rows_per_sample, M, eps, C: tl.constexpr, F: tl.constexpr, BLOCK_M: tl.constexpr,
+           BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr, THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr,
+           PRECISION: tl.constexpr):
+    """(dx (BM, BLOCK_C), and summed over these rows dln_weight, dln_bias and db2 (BLOCK_C,)), fp32."""
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    cols = tl.arange(0, BLOCK_C)
+    mean, rstd = row_statistics(x_ptr, rows, M, eps, C, BLOCK_C)
+    h = affine(normalise(x_ptr, rows, cols, mean, rstd, M, C), ln_weight_ptr, ln_bias_ptr, cols, C).to(dtype)
+    g, gy = _output_gradient(grad_ptr, seed_ptr, row_scale_ptr, rows, rows_per_sample, M, C, BLOCK_C, THRESHOLD,
+                             KEEP_SCALE)
+    db2 = tl.sum(gy, 0)
+    gy = gy.to(dtype)
+    dh = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    for first in range(0, F, BLOCK_F):
+        features = first + tl.arange(0, BLOCK_F)
+        w1 = load(fc1_weight_ptr, features, cols, F, C).to(dtype)
+        w2 = load(fc2_weight_ptr, cols, features, C, F).to(dtype)
+        z, kept, dz = _hidden_gradient(h, gy, w1, w2, load_vector(fc1_bias_ptr, features, F), seed_ptr, rows, first, M,
+                                       F, BLOCK_M, BLOCK_F, THRESHOLD, KEEP_SCALE, PRECISION)
+        dh = tl.dot(dz.to(dtype), w1, dh, input_precision=PRECISION)
+    xhat = normalise(x_ptr, rows, cols, mean, rstd, M, C)
+    g = load(grad_ptr, rows, cols, M, C).to(tl.float32)
+    dx = g + layer_norm_gradient(dh, xhat, rstd, ln_weight_ptr, cols, C)
+    return dx, tl.sum(dh * xhat, 0), tl.sum(dh, 0), db2
+
+
+@triton.jit
 def _dx_tiles(x_ptr, grad_ptr, ln_weight_ptr, ln_bias_ptr, fc1_weight_ptr, fc1_bias_ptr, fc2_weight_ptr, dx_ptr,
               vector_ptr, seed_ptr, row_scale_ptr, pid, programs, M, rows_per_sample, eps, C: tl.constexpr,
               F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
               THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr, PRECISION: tl.constexpr):
     """dx of row tiles pid, pid + programs, ...; and their sums: vector[pid] = (dln_weight, dln_bias, db2)."""
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
     cols = tl.arange(0, BLOCK_C)
     dln_weight = tl.zeros((BLOCK_C,), tl.float32)
     dln_bias = tl.zeros((BLOCK_C,), tl.float32)
     db2 = tl.zeros((BLOCK_C,), tl.float32)
     for tile in range(pid, tl.cdiv(M, BLOCK_M), programs):
         rows = (tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-        mean, rstd = row_statistics(x_ptr, rows, M, eps, C, BLOCK_C)
-        h = affine(normalise(x_ptr, rows, cols, mean, rstd, M, C), ln_weight_ptr, ln_bias_ptr, cols, C).to(dtype)
-        g, gy = _output_gradient(grad_ptr, seed_ptr, row_scale_ptr, rows, rows_per_sample, M, C, BLOCK_C, THRESHOLD,
-                                 KEEP_SCALE)
-        db2 += tl.sum(gy, 0)
-        gy = gy.to(dtype)
-        dh = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-        for first in range(0, F, BLOCK_F):
-            features = first + tl.arange(0, BLOCK_F)
-            w1 = load(fc1_weight_ptr, features, cols, F, C).to(dtype)
-            w2 = load(fc2_weight_ptr, cols, features, C, F).to(dtype)
-            _, _, dz = _hidden_gradient(h, gy, w1, w2, load_vector(fc1_bias_ptr, features, F), seed_ptr, rows, first, M,
-                                        F, BLOCK_M, BLOCK_F, THRESHOLD, KEEP_SCALE, PRECISION)
-            dh = tl.dot(dz.to(dtype), w1, dh, input_precision=PRECISION)
-        xhat = normalise(x_ptr, rows, cols, mean, rstd, M, C)
-        dln_weight += tl.sum(dh * xhat, 0)
-        dln_bias += tl.sum(dh, 0)
-        g = load(grad_ptr, rows, cols, M, C).to(tl.float32)
-        store(dx_ptr, rows, cols, g + layer_norm_gradient(dh, xhat, rstd, ln_weight_ptr, cols, C), M, C)
+        dx, of_ln_weight, of_ln_bias, of_b2 = mlp_dx(
+            x_ptr, grad_ptr, ln_weight_ptr, ln_bias_ptr, fc1_weight_ptr, fc1_bias_ptr, fc2_weight_ptr, seed_ptr,
+            row_scale_ptr, rows, rows_per_sample, M, eps, C, F, BLOCK_M, BLOCK_F, BLOCK_C, THRESHOLD, KEEP_SCALE,
+            PRECISION)
+        dln_weight += of_ln_weight
+        dln_bias += of_ln_bias
+        db2 += of_b2
+        store(dx_ptr, rows, cols, dx, M, C)
     vector_ptr += pid * 3 * C + cols
     tl.store(vector_ptr, dln_weight, mask=cols < C)
     tl.store(vector_ptr + C, dln_bias, mask=cols < C)
@@ -117,11 +133,11 @@ def _dx_tiles(x_ptr, grad_ptr, ln_weight_ptr, ln_bias_ptr, fc1_weight_ptr, fc1_b
 
 
 @triton.jit
-def _dw_piece(x_ptr, grad_ptr, ln_weight_ptr, ln_bias_ptr, fc1_weight_ptr, fc1_bias_ptr, fc2_weight_ptr, matrix_ptr,
-              seed_ptr, row_scale_ptr, piece, rows_per_split, M, rows_per_sample, eps, C: tl.constexpr, F: tl.constexpr,
-              BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr, THRESHOLD: tl.constexpr,
-              KEEP_SCALE: tl.constexpr, PRECISION: tl.constexpr):
-    """matrix[split] = (dW1, dW2, db1) of one block of features over one split of the rows."""
+def mlp_dw(x_ptr, grad_ptr, ln_weight_ptr, ln_bias_ptr, fc1_weight_ptr, fc1_bias_ptr, fc2_weight_ptr, matrix_ptr,
+           seed_ptr, row_scale_ptr, piece, rows_per_split, M, rows_per_sample, eps, C: tl.constexpr, F: tl.constexpr,
+           WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
+           THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr, PRECISION: tl.constexpr):
+    """matrix[split, :2 F C + F] = (dW1, dW2, db1) of one block of features over one split; matrix (splits, WIDTH)."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     blocks: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
     split = (piece // blocks).to(tl.int64)
@@ -146,7 +162,7 @@ def _dw_piece(x_ptr, grad_ptr, ln_weight_ptr, ln_bias_ptr, fc1_weight_ptr, fc1_b
         dw1 = tl.dot(tl.trans(dz.to(dtype)), h, dw1, input_precision=PRECISION)
         dw2 = tl.dot(tl.trans(gy), (gelu(z) * kept).to(dtype), dw2, input_precision=PRECISION)
         db1 += tl.sum(dz, 0)
-    matrix_ptr += split * (2 * F * C + F)
+    matrix_ptr += split * WIDTH
     store(matrix_ptr, features, cols, dw1, F, C)
     store(matrix_ptr + F * C, cols, features, dw2, C, F)
     tl.store(matrix_ptr + 2 * F * C + features, db1, mask=features < F)
@@ -167,6 +183,6 @@ def layernorm_mlp_bwd_kernel(x_ptr, grad_ptr, ln_weight_ptr, ln_bias_ptr, fc1_we
                       BLOCK_F, BLOCK_C, THRESHOLD, KEEP_SCALE, PRECISION)
     if matrix_ptr is not None:
         if pid >= dx_programs:
-            _dw_piece(x_ptr, grad_ptr, ln_weight_ptr, ln_bias_ptr, fc1_weight_ptr, fc1_bias_ptr, fc2_weight_ptr,
-                      matrix_ptr, seed_ptr, row_scale_ptr, pid - dx_programs, rows_per_split, M, rows_per_sample, eps,
-                      C, F, BLOCK_M, BLOCK_F, BLOCK_C, THRESHOLD, KEEP_SCALE, PRECISION)
+            mlp_dw(x_ptr, grad_ptr, ln_weight_ptr, ln_bias_ptr, fc1_weight_ptr, fc1_bias_ptr, fc2_weight_ptr,
+                   matrix_ptr, seed_ptr, row_scale_ptr, pid - dx_programs, rows_per_split, M, rows_per_sample, eps, C,
+                   F, 2 * F * C + F, BLOCK_M, BLOCK_F, BLOCK_C, THRESHOLD, KEEP_SCALE, PRECISION)

@@ -1,8 +1,8 @@
 """Sums of partial gradients, in a fixed order: each result bit is the same on every run.
 
 Backward programs each write the sums over their own rows, one row of an fp32 workspace per program: `matrix_ptr` (S,
-sum of the matrix gradients' sizes), `vector_ptr` (T, sum of the vectors'). One launch then adds them up for up to three
-gradients of each kind and rounds once.
+sum of the matrix gradients' sizes), `vector_ptr` (T, sum of the vectors'). One launch then adds them up for all
+gradients and rounds once.
 """
 
 from __future__ import annotations
@@ -34,6 +34,11 @@ class Partials:
         return cls(x.new_empty((count, width), dtype=torch.float32), tuple(grads))
 
 
+@triton.constexpr_function
+def _total(sizes, first, end):
+    return sum(sizes[i] for i in range(first, end))
+
+
 @triton.jit
 def _sum(partial_ptr, out_ptr, block, count, START: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
          ROWS: tl.constexpr, BLOCK: tl.constexpr):
@@ -48,49 +53,31 @@ def _sum(partial_ptr, out_ptr, block, count, START: tl.constexpr, SIZE: tl.const
 
 
 @triton.jit(do_not_specialize=["S", "T"])
-def reduction_kernel(matrix_ptr, vector_ptr, out0_ptr, out1_ptr, out2_ptr, out3_ptr, out4_ptr, out5_ptr, S, T,
-                     SIZE0: tl.constexpr, SIZE1: tl.constexpr, SIZE2: tl.constexpr, SIZE3: tl.constexpr,
-                     SIZE4: tl.constexpr, SIZE5: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Gradients 0 to 2 from matrix_ptr (S, ...), 3 to 5 from vector_ptr (T, ...); BLOCK elements per program."""
-    END0: tl.constexpr = (SIZE0 + BLOCK - 1) // BLOCK  # first block behind gradient 0, ...
-    END1: tl.constexpr = END0 + (SIZE1 + BLOCK - 1) // BLOCK
-    END2: tl.constexpr = END1 + (SIZE2 + BLOCK - 1) // BLOCK
-    END3: tl.constexpr = END2 + (SIZE3 + BLOCK - 1) // BLOCK
-    END4: tl.constexpr = END3 + (SIZE4 + BLOCK - 1) // BLOCK
-    MATRIX: tl.constexpr = SIZE0 + SIZE1 + SIZE2
-    VECTOR: tl.constexpr = SIZE3 + SIZE4 + SIZE5
-    pid = tl.program_id(0)
-    if SIZE0 > 0:
-        if pid < END0:
-            _sum(matrix_ptr, out0_ptr, pid, S, 0, SIZE0, MATRIX, ROWS, BLOCK)
-    if SIZE1 > 0:
-        if (pid >= END0) & (pid < END1):
-            _sum(matrix_ptr, out1_ptr, pid - END0, S, SIZE0, SIZE1, MATRIX, ROWS, BLOCK)
-    if SIZE2 > 0:
-        if (pid >= END1) & (pid < END2):
-            _sum(matrix_ptr, out2_ptr, pid - END1, S, SIZE0 + SIZE1, SIZE2, MATRIX, ROWS, BLOCK)
-    if SIZE3 > 0:
-        if (pid >= END2) & (pid < END3):
-            _sum(vector_ptr, out3_ptr, pid - END2, T, 0, SIZE3, VECTOR, ROWS, BLOCK)
-    if SIZE4 > 0:
-        if (pid >= END3) & (pid < END4):
-            _sum(vector_ptr, out4_ptr, pid - END3, T, SIZE3, SIZE4, VECTOR, ROWS, BLOCK)
-    if SIZE5 > 0:
-        if pid >= END4:
-            _sum(vector_ptr, out5_ptr, pid - END4, T, SIZE3 + SIZE4, SIZE5, VECTOR, ROWS, BLOCK)
+def reduction_kernel(matrix_ptr, vector_ptr, outs, S, T, SIZES: tl.constexpr, MATRICES: tl.constexpr,
+                     ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """All outs: the first MATRICES from matrix_ptr (S, ...), the others from vector_ptr (T, ...), SIZES[i] columns each.
+
+    BLOCK elements of one gradient per program.
+    """
+    MATRIX: tl.constexpr = _total(SIZES, 0, MATRICES)
+    VECTOR: tl.constexpr = _total(SIZES, MATRICES, len(SIZES))
+    block = tl.program_id(0)  # counted from the gradient's first
+    for i in tl.static_range(len(SIZES)):
+        if (block >= 0) & (block < tl.cdiv(SIZES[i], BLOCK)):
+            if i < MATRICES:
+                _sum(matrix_ptr, outs[i], block, S, _total(SIZES, 0, i), SIZES[i], MATRIX, ROWS, BLOCK)
+            else:
+                _sum(vector_ptr, outs[i], block, T, _total(SIZES, MATRICES, i), SIZES[i], VECTOR, ROWS, BLOCK)
+        block -= tl.cdiv(SIZES[i], BLOCK)
 
 
 def reduce(op: str, x: Tensor, matrix: Partials | None, vector: Partials | None) -> None:
     """Adds up both workspaces into their gradients; a gradient that is None has no columns."""
-    grads = [*_padded(matrix), *_padded(vector)]
-    sizes = [0 if grad is None else grad.numel() for grad in grads]
+    matrices, vectors = ([] if each is None else [grad for grad in each.grads if grad is not None]
+                         for each in (matrix, vector))
+    outs = (*matrices, *vectors)
+    sizes = tuple(out.numel() for out in outs)
     launch(op, reduction_kernel, sum(cdiv(size, BLOCK) for size in sizes), x,
-           matrix_ptr=matrix and matrix.workspace, vector_ptr=vector and vector.workspace,
-           **{f"out{i}_ptr": grad for i, grad in enumerate(grads)},
-           **{f"SIZE{i}": size for i, size in enumerate(sizes)}, S=matrix.workspace.shape[0] if matrix else 0,
-           T=vector.workspace.shape[0] if vector else 0, ROWS=ROWS, BLOCK=BLOCK, num_warps=4)
-
-
-def _padded(partials: Partials | None) -> list[Tensor | None]:
-    grads = list(partials.grads) if partials else []
-    return grads + [None] * (3 - len(grads))
+           matrix_ptr=matrix and matrix.workspace, vector_ptr=vector and vector.workspace, outs=outs,
+           S=matrix.workspace.shape[0] if matrix else 0, T=vector.workspace.shape[0] if vector else 0, SIZES=sizes,
+           MATRICES=len(matrices), ROWS=ROWS, BLOCK=BLOCK, num_warps=4)

@@ -195,6 +195,38 @@ def test_augment_is_rounded_as_written() -> None:
     assert "fma.rn.f32" in assembly and "cvt.rn.bf16" in assembly
 
 
+class NoGpu:
+    """A driver for Triton's run time that names a GPU and has none: enough to compile as a launch would."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> object:
+        return cubins.GPUTarget("cuda", 90, 32)
+
+
+def test_what_is_compiled_is_what_a_launch_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's own run time, given these arguments, specialises them alike: same signature, same code."""
+    monkeypatch.setattr(cubins.triton.runtime.driver, "_active", NoGpu())
+
+    def allocated(value: object) -> object:
+        if isinstance(value, tuple):
+            return tuple(map(allocated, value))
+        return torch.empty(16, dtype=value.dtype) if isinstance(value, torch.Tensor) else value
+
+    for launch in launches(NANO, "bf16mixed", ["encoder_block"])[-2:]:  # the last has tuples among its arguments
+        arguments = {name: allocated(value) for name, value in launch.arguments.items()}
+        theirs, ours = launch.kernel.warmup(grid=launch.grid, **arguments), cubins.compiled_kernel(launch, 90)
+        attributes, own = ({path: each for path, each in kernel.src.attrs.items() if each} for kernel in (theirs, ours))
+        assert theirs.src.signature == ours.src.signature and attributes == own
+        code, other = ([line for line in each.asm["ptx"].split(".section")[0].splitlines()
+                        if not re.match(r"\s*(?:\.loc|\.file|//)", line)] for each in (theirs, ours))
+        assert len(code) > 200 and code == other
+
+
 def test_no_kernel_is_left_out() -> None:
     """The launches compiled above are of all kernels that exist."""
     existing = {name for module in KERNEL_MODULES for name in vars(module) if name.endswith("_kernel")}

@@ -130,7 +130,7 @@ def forward(cls_logits: Tensor, dist_logits: Tensor | None, target: Tensor, teac
            ddist_ptr=saved[1] if save and kind != "none" else None, B=B, alpha=float(alpha), tau=float(tau),
            smoothing=float(smoothing), kl_scale=float(tau) ** 2 / (B if reduction == "batchmean" else B * K), K=K,
            BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K, KIND=kind, SOFT_TARGET=target.is_floating_point(),
-           num_warps=4 if BLOCK_K <= 4096 else 8)
+           num_warps=4 if BLOCK_M * BLOCK_K <= 2048 else 8)  # 32 elements a thread spill
     if programs > 1:
         launch(OP, sum_kernel, 1, cls_logits, part_ptr=parts, out_ptr=loss, count=programs, BLOCK=256, num_warps=4)
     return loss, saved

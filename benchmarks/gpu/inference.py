@@ -20,7 +20,9 @@ def inference(machine: Machine) -> Iterator[Contender]:
     for B in machine.batches:
         row = f"batch {B}"
         for how, graphed in (("graph", True), ("eager", False)):
-            yield Contender(row, f"ours, {how}", partial(logits_figures, machine, B, None, False, graphed, native=True))
+            for who, whole_blocks in (("ours", True), ("four ops", False)):
+                yield Contender(row, f"{who}, {how}", partial(logits_figures, machine, B, None, False, graphed,
+                                                              native=True, whole_blocks=whole_blocks))
             for who, convert in BASELINES.items():
                 yield Contender(row, f"{who}, {how}", partial(logits_figures, machine, B, convert, False, graphed))
         for who, convert in BASELINES.items():
@@ -29,7 +31,7 @@ def inference(machine: Machine) -> Iterator[Contender]:
 
 
 def logits_figures(machine: Machine, batch_size: int, convert: Convert | None, compiled: bool, graphed: bool,
-                   native: bool = False) -> Figures:
+                   native: bool = False, whole_blocks: bool = True) -> Figures:
     """The speed of a model's logits in evaluation mode."""
     ours, model = made(machine, PRESET, convert)
     dtype = machine.variant.parameter
@@ -42,6 +44,6 @@ def logits_figures(machine: Machine, batch_size: int, convert: Convert | None, c
     def call() -> Tensor:
         return run(images)
 
-    with backends(machine, native), torch.no_grad():
+    with backends(machine, native, whole_blocks), torch.no_grad():
         each = machine.milliseconds(call) if graphed else machine.in_a_row(call() for _ in count())
     return speed(machine, batch_size, each, counts) | machine.peak(model)

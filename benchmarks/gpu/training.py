@@ -38,13 +38,17 @@ PRESET, K, LEARNED_STEPS = "deit_nano_distilled_patch4_32", 10, 200
 RECIPE = Recipe(crop_pad=4, hflip=0.5)
 
 
-def backends(machine: Machine, native: bool) -> AbstractContextManager:
-    """The Triton kernels by name, and for an op that has none here what else the device has; or plain PyTorch."""
+def backends(machine: Machine, native: bool, whole_blocks: bool = True) -> AbstractContextManager:
+    """The Triton kernels by name, and for an op that has none here what else the device has; or plain PyTorch.
+
+    whole_blocks: a block is the kernels of `encoder_block`, else those of its four ops.
+    """
     if not native:
         return deit_fast.use_backend("reference")
     candidates = ("triton", "cpu" if machine.rehearse else "cuda")
-    return deit_fast.use_backend(**{name: next((backend for backend in candidates if op.why_not_here(backend) is None),
-                                               "reference") for name, op in OPS.items()})
+    chosen = {name: next((backend for backend in candidates if op.why_not_here(backend) is None), "reference")
+              for name, op in OPS.items()}
+    return deit_fast.use_backend(**(chosen if whole_blocks else {**chosen, "encoder_block": "reference"}))
 
 
 @lru_cache(maxsize=1)
@@ -139,25 +143,27 @@ def losses(machine: Machine) -> Iterator[Contender]:
 
 
 def train_step(machine: Machine) -> Iterator[Contender]:
-    """Milliseconds, images/s and peak memory of a step, per contender.
+    """Milliseconds, images/s and peak memory of a step, per contender: "ours" in whole blocks, "four ops" op by op.
 
-    "ours" draws the plan, augments, reads stored logits and sets the learning rate; the baselines are handed one
+    Ours draws the plan, augments, reads stored logits and sets the learning rate; the baselines are handed one
     finished batch for ever, which does them a favour. The compiled ones are replayed from one CUDA graph, as ours is.
     """
     for B in (2,) if machine.rehearse else machine.batches:
         row = f"batch {B}"
-        for who, native, graphed in (("ours, graphs", True, True), ("ours, eager", True, False),
-                                     ("reference, graphs", False, True)):
-            yield Contender(row, who, partial(trainer_figures, machine, B, native, graphed))
+        for who, native, graphed, whole_blocks in (
+                ("ours, graphs", True, True, True), ("four ops, graphs", True, True, False),
+                ("ours, eager", True, False, True), ("reference, graphs", False, True, True)):
+            yield Contender(row, who, partial(trainer_figures, machine, B, native, graphed, whole_blocks))
         for who, convert in BASELINES.items():
             for compiled, how in ((False, "eager"), (True, "max-autotune, graph")):
                 yield Contender(row, f"{who}, {how}", rank=int(compiled),
                                 measure=partial(plain_figures, machine, B, convert, compiled))
 
 
-def trainer_figures(machine: Machine, batch_size: int, native: bool, graphed: bool) -> Figures:
+def trainer_figures(machine: Machine, batch_size: int, native: bool, graphed: bool,
+                    whole_blocks: bool = True) -> Figures:
     """The speed and memory of a Trainer's steps; when it returns, their memory is free."""
-    with backends(machine, native):
+    with backends(machine, native, whole_blocks):
         trainer = make_trainer(machine, batch_size, graphed=graphed, seeded=native, amp=not machine.rehearse)
         each = machine.in_a_row(steps_of(trainer))
         check_replayed(trainer)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import triton
@@ -34,11 +35,6 @@ class Partials:
         return cls(x.new_empty((count, width), dtype=torch.float32), tuple(grads))
 
 
-@triton.constexpr_function
-def _total(sizes, first, end):
-    return sum(sizes[i] for i in range(first, end))
-
-
 @triton.jit
 def _sum(partial_ptr, out_ptr, block, count, START: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
          ROWS: tl.constexpr, BLOCK: tl.constexpr):
@@ -53,22 +49,20 @@ def _sum(partial_ptr, out_ptr, block, count, START: tl.constexpr, SIZE: tl.const
 
 
 @triton.jit(do_not_specialize=["S", "T"])
-def reduction_kernel(matrix_ptr, vector_ptr, outs, S, T, SIZES: tl.constexpr, MATRICES: tl.constexpr,
-                     ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """All outs: the first MATRICES from matrix_ptr (S, ...), the others from vector_ptr (T, ...), SIZES[i] columns each.
+def reduction_kernel(matrix_ptr, vector_ptr, outs, S, T, SIZES: tl.constexpr, STARTS: tl.constexpr, FIRST: tl.constexpr,
+                     MATRICES: tl.constexpr, MATRIX: tl.constexpr, VECTOR: tl.constexpr, ROWS: tl.constexpr,
+                     BLOCK: tl.constexpr):
+    """All outs: the first MATRICES from matrix_ptr (S, MATRIX), the others from vector_ptr (T, VECTOR).
 
-    BLOCK elements of one gradient per program.
+    Gradient i has SIZES[i] columns from STARTS[i] on; programs FIRST[i] to FIRST[i + 1] add up BLOCK of them each.
     """
-    MATRIX: tl.constexpr = _total(SIZES, 0, MATRICES)
-    VECTOR: tl.constexpr = _total(SIZES, MATRICES, len(SIZES))
-    block = tl.program_id(0)  # counted from the gradient's first
+    pid = tl.program_id(0)
     for i in tl.static_range(len(SIZES)):
-        if (block >= 0) & (block < tl.cdiv(SIZES[i], BLOCK)):
+        if (pid >= FIRST[i]) & (pid < FIRST[i + 1]):
             if i < MATRICES:
-                _sum(matrix_ptr, outs[i], block, S, _total(SIZES, 0, i), SIZES[i], MATRIX, ROWS, BLOCK)
+                _sum(matrix_ptr, outs[i], pid - FIRST[i], S, STARTS[i], SIZES[i], MATRIX, ROWS, BLOCK)
             else:
-                _sum(vector_ptr, outs[i], block, T, _total(SIZES, MATRICES, i), SIZES[i], VECTOR, ROWS, BLOCK)
-        block -= tl.cdiv(SIZES[i], BLOCK)
+                _sum(vector_ptr, outs[i], pid - FIRST[i], T, STARTS[i], SIZES[i], VECTOR, ROWS, BLOCK)
 
 
 def reduce(op: str, x: Tensor, matrix: Partials | None, vector: Partials | None) -> None:
@@ -76,8 +70,11 @@ def reduce(op: str, x: Tensor, matrix: Partials | None, vector: Partials | None)
     matrices, vectors = ([] if each is None else [grad for grad in each.grads if grad is not None]
                          for each in (matrix, vector))
     outs = (*matrices, *vectors)
-    sizes = tuple(out.numel() for out in outs)
-    launch(op, reduction_kernel, sum(cdiv(size, BLOCK) for size in sizes), x,
-           matrix_ptr=matrix and matrix.workspace, vector_ptr=vector and vector.workspace, outs=outs,
-           S=matrix.workspace.shape[0] if matrix else 0, T=vector.workspace.shape[0] if vector else 0, SIZES=sizes,
-           MATRICES=len(matrices), ROWS=ROWS, BLOCK=BLOCK, num_warps=4)
+    sizes = [out.numel() for out in outs]
+    first = list(accumulate((cdiv(size, BLOCK) for size in sizes), initial=0))
+    columns = [list(accumulate((out.numel() for out in each), initial=0)) for each in (matrices, vectors)]
+    launch(op, reduction_kernel, first[-1], x, matrix_ptr=matrix and matrix.workspace,
+           vector_ptr=vector and vector.workspace, outs=outs, S=matrix.workspace.shape[0] if matrix else 0,
+           T=vector.workspace.shape[0] if vector else 0, SIZES=tuple(sizes),
+           STARTS=(*columns[0][:-1], *columns[1][:-1]), FIRST=tuple(first), MATRICES=len(matrices),
+           MATRIX=columns[0][-1], VECTOR=columns[1][-1], ROWS=ROWS, BLOCK=BLOCK, num_warps=4)

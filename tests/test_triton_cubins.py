@@ -274,11 +274,15 @@ def test_row_tiles(C: int, itemsize: int) -> None:
 
 @pytest.mark.parametrize("D", [1, 8, 15, 16, 32, 64, 80, 128, 256])
 def test_attention_tiles(D: int) -> None:
-    """Every sequence is covered, the presets' with a tail of 16; one backward kernel serves the report's."""
+    """Every sequence is covered, the presets' with a tail of 16; one backward kernel serves the report's.
+
+    dK and dV of head_dim 64 take fewer keys before Hopper, and dQ does not.
+    """
     for itemsize in (2, 4):
         for N in (1, 2, 15, 16, 17, 64, 65, 66, 127, 128, 129, 196, 197, 198, 255, 256, 257, 1025):
             shapes = [attention.forward_shape(N, D, itemsize), attention.backward_shape(N, D, itemsize),
-                      attention.split_backward_shape(N, D, itemsize)]
+                      *attention.split_backward_shape(N, D, itemsize, 80),
+                      *attention.split_backward_shape(N, D, itemsize)]
             for shape in filter(None, shapes):
                 assert shape.FULL + shape.TAIL >= N and shape.FULL % shape.BLOCK_N == 0, (N, shape)
                 assert shape.TAIL & (shape.TAIL - 1) == 0 and (shape.TAIL == 0 or shape.TAIL >= 16), (N, shape)
@@ -287,6 +291,8 @@ def test_attention_tiles(D: int) -> None:
         assert shape.FULL + shape.TAIL == keys
     assert attention.backward_shape(66, 8, 2) is not None and attention.backward_shape(66, 8, 4) is not None
     assert attention.backward_shape(1025, 64, 2) is None
+    for arch, blocks in ((80, [64, 32]), (90, [64, 64]), (100, [64, 64])):
+        assert [tiles.BLOCK_M for tiles in attention.split_backward_shape(198, 64, 2, arch)] == blocks
 
 
 @pytest.mark.parametrize(("height", "width"), [

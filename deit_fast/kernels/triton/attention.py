@@ -20,14 +20,15 @@ delta behind) and one for dK and dV.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .attention_kernels import (attention_bwd_dkv_kernel, attention_bwd_dq_kernel, attention_bwd_kernel,
                                 attention_fwd_kernel)
-from .common import cdiv, dot_precision, dropout_arguments, launch, power_of_two, refusal
+from .common import (HOPPER, architecture, cdiv, dot_precision, dropout_arguments, launch, power_of_two,
+                     refusal)
 
 OP = "attention"
 LOG2E = 1.0 / math.log(2.0)
@@ -96,11 +97,14 @@ def backward_shape(N: int, D: int, itemsize: int) -> Shape | None:
                  2 if FULL + TAIL <= 96 and itemsize == 2 else 4)
 
 
-def split_backward_shape(N: int, D: int, itemsize: int) -> Shape:
-    """Tiles of the dQ kernel and, with the roles of queries and keys exchanged, of the dK and dV kernel."""
-    if itemsize == 4 or D > 64:
-        return Shape(32, 16, *split_keys(N, 16), 4)
-    return Shape(64, 32, *split_keys(N, 32), 4)
+def split_backward_shape(N: int, D: int, itemsize: int, arch: int = HOPPER) -> tuple[Shape, Shape]:
+    """Tiles of the dQ kernel and, with the roles of queries and keys exchanged, of the dK and dV kernel.
+
+    Before Hopper dK and dV of 64 keys, both in registers, spill: of head_dim 64, and of 32 with dropout.
+    """
+    BLOCK_N = 16 if itemsize == 4 or D > 64 else 32
+    wide = Shape(2 * BLOCK_N, BLOCK_N, *split_keys(N, BLOCK_N), 4)
+    return wide, replace(wide, BLOCK_M=32) if arch < HOPPER and D > 16 else wide
 
 
 def why_not(qkv: Tensor, num_heads: int, scale: float | None, dropout_p: float, seed: Tensor | None) -> str | None:
@@ -158,10 +162,9 @@ def backward(grad: Tensor, saved: list[Tensor], needs: list[bool], qkv: Tensor, 
         launch(OP, attention_bwd_kernel, B * num_heads, qkv, **tensors,
                **_arguments(tiles, qkv, num_heads, scale, dropout_p, seed))
         return [dqkv]
-    tiles = split_backward_shape(N, D, qkv.element_size())
     tensors["delta_ptr"] = saved[0].new_empty(saved[0].shape)
-    programs = B * num_heads * cdiv(N, tiles.BLOCK_M)
-    arguments = _arguments(tiles, qkv, num_heads, scale, dropout_p, seed)
-    launch(OP, attention_bwd_dq_kernel, programs, qkv, **tensors, **arguments)
-    launch(OP, attention_bwd_dkv_kernel, programs, qkv, **tensors, **arguments)
+    for kernel, tiles in zip((attention_bwd_dq_kernel, attention_bwd_dkv_kernel),
+                             split_backward_shape(N, D, qkv.element_size(), architecture(qkv))):
+        launch(OP, kernel, B * num_heads * cdiv(N, tiles.BLOCK_M), qkv, **tensors,
+               **_arguments(tiles, qkv, num_heads, scale, dropout_p, seed))
     return [dqkv]

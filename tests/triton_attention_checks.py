@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from deit_fast import ops
-from deit_fast.kernels.triton import attention
+from deit_fast.kernels.triton import attention, common
 from deit_fast.reference import block
 from deit_fast.reference.philox import keep_mask
 
@@ -49,7 +49,26 @@ def groups_and_shares() -> None:
         assert all(torch.allclose(*pair, rtol=1e-5, atol=1e-5) for pair in zip(many, single)), (N, H, D)
 
 
+def held_keys() -> None:
+    """K and V held over the query blocks give the bits that reading them again for each gives, and these are right."""
+    torch.manual_seed(0)
+    for N, H, D in ((97, 1, 16), (128, 1, 16), (129, 2, 8), (198, 1, 64), (256, 1, 24)):
+        qkv, launched = torch.randn(1, N, 3 * H * D).half(), []
+
+        def spy(*arguments: object, HELD: bool, **named: object) -> None:
+            launched.append(HELD)
+            common.launch(*arguments, HELD=HELD, **named)
+
+        held = results(qkv, H, 0.0, WARPS=0, launch=spy)
+        walked = results(qkv, H, 0.0, WARPS=0, launch=spy, holds=lambda *_: False)
+        assert launched == [True, True, False, False], (N, launched)
+        assert all(map(torch.equal, held, walked)), (N, H, D)
+        truth = block.attention(qkv.double(), H, None, 0.0, None)
+        assert torch.allclose(held[0].double(), truth, rtol=2e-3, atol=1e-3), (N, H, D)
+    assert results(torch.randn(1, 257, 48).half(), 1, 0.0, WARPS=0, launch=spy) and launched[-1] is False
+
+
 if __name__ == "__main__":
-    for check in (masks, groups_and_shares):
+    for check in (masks, groups_and_shares, held_keys):
         check()
         print(f"{check.__name__}: ok")

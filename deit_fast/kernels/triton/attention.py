@@ -6,15 +6,19 @@ whole powers of two take 128 and 256. Queries come in blocks of 16 (one warp eac
 padded to 16 only inside Q K^T, whose instruction needs it.
 
 A row of one head of 8 channels is 16 bytes, half of the smallest transfer. So forward takes as many heads as lie in 64
-bytes of a row, as the batch of a batched product with a warp for each; a program keeps the K and V of a short sequence
-on chip and walks over blocks of queries. More heads would save few transfers and fill small batches less evenly. Where
-images are few, as many programs share a group's blocks as find room at once, and each reads K and V: 5 at batch 64, 1
-from batch 199 on (66 tokens, 8 heads). Backward takes one head.
+bytes of a row, as the batch of a batched product with a warp for each. More heads would save few transfers and fill
+small batches less evenly. Backward takes one head.
+
+A forward program walks over blocks of queries and holds K and V of the whole sequence on chip: of one block of keys in
+registers or shared memory as the compiler finds room, of up to 256 tokens in 16 bits and head_dim 64 in shared memory.
+Longer sequences, wider heads, fp32 and dropout read them again for each block of queries. Where images are few, as
+many programs share a head's blocks as find room at once, and each reads K and V: 5 at batch 64, 1 from batch 199 on
+(66 tokens, 8 heads); with one block each (198 tokens, 3 heads, batch 64) holding gains nothing over reading.
 
 Backward never sees the output: delta = sum_j P_ij dP_ij comes from a whole row of P, so there is neither a saved O
 nor an fp32 dq workspace, and every gradient is written once by one program (no atomics: bit-reproducible). Where dK and
 dV of a head fit in registers one kernel gives all gradients; longer sequences take one kernel for dQ (which leaves
-delta behind) and one for dK and dV.
+delta behind) and one for dK and dV, with tiles of their own before Hopper.
 """
 
 from __future__ import annotations
@@ -34,7 +38,9 @@ OP = "attention"
 LOG2E = 1.0 / math.log(2.0)
 WARPS = 132 * 24  # of forward, that an H100 holds at once: its registers hold 24 a multiprocessor
 SECTOR = 32  # bytes, the smallest transfer
-SHORT = 96  # tokens up to which K and V stay in a program and a warp takes 16 queries
+SHORT = 96  # tokens up to which a warp takes 16 queries
+LONGEST = 256  # tokens whose K and V a program holds: the code is written out for each block of keys
+HELD_BYTES = 16 * 1024  # of K and V for each warp that holds them: eight such warps fit 164 KiB of shared memory
 
 
 @dataclass(frozen=True)
@@ -85,13 +91,26 @@ def forward_shape(N: int, D: int, itemsize: int, heads: int = 1) -> Shape:
     return Shape(BLOCK_M, BLOCK_N, *split_keys(N, BLOCK_N), num_warps)
 
 
+def holds(tiles: Shape, D: int, itemsize: int, heads: int, blocks: int, dropout_p: float) -> bool:
+    """Whether a forward program of `blocks` query blocks reads K and V once for all of them.
+
+    One full block of keys always. Several must fit; wider heads, fp32 and dropout's Philox, which costs far more than
+    is saved, spill then; and a program of one query block reads them once anyway, walking in fewer registers.
+    """
+    if tiles.FULL <= tiles.BLOCK_N:
+        return True
+    keys = tiles.FULL + tiles.TAIL
+    return (blocks > 1 and keys <= LONGEST and D <= 64 and itemsize == 2 and dropout_p == 0.0
+            and 2 * keys * heads * power_of_two(D) * itemsize <= HELD_BYTES * tiles.num_warps)
+
+
 def backward_shape(N: int, D: int, itemsize: int) -> Shape | None:
-    """Tiles of the one backward kernel, whose two pieces FULL and TAIL hold all keys; None where they do not fit."""
+    """Tiles of the one backward kernel, whose two pieces FULL and TAIL hold all keys; None where they would spill."""
     FULL = 16
     while FULL * 2 <= N and FULL < 128:
         FULL *= 2
     TAIL = power_of_two(N - FULL) if N > FULL else 0
-    if N > 256 or (FULL + TAIL) * power_of_two(D) * itemsize > 8192:
+    if N > 128 or (FULL + TAIL) * power_of_two(D) * itemsize > 5120:
         return None
     return Shape(32 if N > 16 and itemsize == 2 else 16, FULL, FULL, TAIL,
                  2 if FULL + TAIL <= 96 and itemsize == 2 else 4)
@@ -135,9 +154,11 @@ def forward(qkv: Tensor, num_heads: int, scale: float | None, dropout_p: float, 
     heads = heads_together(N, num_heads, D, qkv.element_size())
     tiles = forward_shape(N, D, qkv.element_size(), heads)
     groups = B * num_heads // heads
-    per_group = shares(groups, cdiv(N, tiles.BLOCK_M), tiles.num_warps)
+    blocks = cdiv(N, tiles.BLOCK_M)
+    per_group = shares(groups, blocks, tiles.num_warps)
+    held = holds(tiles, D, qkv.element_size(), heads, cdiv(blocks, per_group), dropout_p)
     launch(OP, attention_fwd_kernel, groups * per_group, qkv, qkv_ptr=qkv, out_ptr=out,
-           lse_ptr=saved[0] if save else None, shares=per_group, HEADS=heads, BLOCK_V=power_of_two(D, 8),
+           lse_ptr=saved[0] if save else None, shares=per_group, HEADS=heads, HELD=held, BLOCK_V=power_of_two(D, 8),
            **_arguments(tiles, qkv, num_heads, scale, dropout_p, seed))
     return out, saved
 

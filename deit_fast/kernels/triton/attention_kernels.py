@@ -62,20 +62,26 @@ def softmax_step(q, k, v, best, total, acc, scale, seed_ptr, rows, first, N: tl.
     """The online softmax's (best, total, acc) after the BN keys from `first`; of one head, or of several at once.
 
     q: ([heads,] BM, BLOCK_D); k: ([heads,] BN, BLOCK_D); v: ([heads,] BN, BLOCK_V); best, total: ([heads,] BM);
-    acc: ([heads,] BM, BLOCK_V); rows: ([heads *] BM,) rows of P as (B H N, N).
+    acc: ([heads,] BM, BLOCK_V); the last three None before any key; rows: ([heads *] BM,) rows of P as (B H N, N).
     """
     BN: tl.constexpr = k.shape[-2]
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # ([heads,] BM, BN)
     if MASKED:
         s = tl.where(first + tl.arange(0, BN) < N, s, float("-inf"))
-    highest = tl.maximum(best, tl.max(s, -1))
+    highest = tl.max(s, -1)
+    if best is not None:
+        highest = tl.maximum(best, highest)
     p = tl.exp2(s - tl.expand_dims(highest, -1))
-    shrink = tl.exp2(best - highest)
-    total = total * shrink + tl.sum(p, -1)
+    sums = tl.sum(p, -1)
     if THRESHOLD > 0:
         p *= tl.reshape(_keep(seed_ptr, rows, first, N, BN, THRESHOLD, KEEP_SCALE), p.shape)
-    acc = tl.dot(p.to(v.dtype), v, acc * tl.expand_dims(shrink, -1), input_precision=PRECISION)
-    return highest, total, acc
+    if best is None:
+        acc = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+    else:
+        shrink = tl.exp2(best - highest)
+        sums += total * shrink
+        acc = tl.dot(p.to(v.dtype), v, acc * tl.expand_dims(shrink, -1), input_precision=PRECISION)
+    return highest, sums, acc
 
 
 @triton.jit
@@ -90,12 +96,13 @@ def _keys(k_ptr, v_ptr, first, ROW: tl.constexpr, N: tl.constexpr, D: tl.constex
 @triton.jit(do_not_specialize=["shares"])
 def attention_fwd_kernel(qkv_ptr, out_ptr, lse_ptr, seed_ptr, shares, scale, N: tl.constexpr, H: tl.constexpr,
                          D: tl.constexpr, HEADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                         FULL: tl.constexpr, TAIL: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-                         THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr, PRECISION: tl.constexpr):
+                         FULL: tl.constexpr, TAIL: tl.constexpr, HELD: tl.constexpr, BLOCK_D: tl.constexpr,
+                         BLOCK_V: tl.constexpr, THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr,
+                         PRECISION: tl.constexpr):
     """out (B, N, H, D) and lse (B, H, N); one program per (b, HEADS heads, share).
 
-    It takes query blocks share, share + shares, ... K and V of at most BLOCK_N + TAIL keys are read once for all of
-    them; those of a longer sequence again for each, but for the tail.
+    It takes query blocks share, share + shares, ... Where HELD, it reads K and V once for all of them; elsewhere again
+    for each, but for the tail.
     """
     ROW: tl.constexpr = 3 * H * D
     head = (tl.program_id(0) // shares).to(tl.int64) * HEADS  # b H + h, the first of HEADS
@@ -103,8 +110,10 @@ def attention_fwd_kernel(qkv_ptr, out_ptr, lse_ptr, seed_ptr, shares, scale, N: 
     k_ptr = q_ptr + H * D
     v_ptr = k_ptr + H * D
     out_ptr += head // H * N * H * D + head % H * D
-    if FULL == BLOCK_N:
-        k, v = _keys(k_ptr, v_ptr, 0, ROW, N, D, BLOCK_N, BLOCK_D, BLOCK_V, False, HEADS)
+    held = ()  # (K, V) of each full block
+    if HELD:
+        for first in tl.static_range(0, FULL, BLOCK_N):
+            held += (_keys(k_ptr, v_ptr, first, ROW, N, D, BLOCK_N, BLOCK_D, BLOCK_V, False, HEADS),)
     if TAIL > 0:
         k_t, v_t = _keys(k_ptr, v_ptr, FULL, ROW, N, D, TAIL, BLOCK_D, BLOCK_V, True, HEADS)
     for block in tl.range(tl.program_id(0) % shares, tl.cdiv(N, BLOCK_M), shares):
@@ -114,14 +123,19 @@ def attention_fwd_kernel(qkv_ptr, out_ptr, lse_ptr, seed_ptr, shares, scale, N: 
         token = start + i % BLOCK_M
         rows = (head + i // BLOCK_M) * N + token  # (HEADS * BM,) of P as (B H N, N)
         q = _load(q_ptr, tokens, ROW, N, D, BLOCK_D, True, HEADS)  # ([HEADS,] BM, BLOCK_D)
-        best = tl.full(q.shape[:-1], float("-inf"), tl.float32)
-        total = tl.zeros(q.shape[:-1], tl.float32)
-        acc = tl.zeros(q.shape[:-1] + (BLOCK_V,), tl.float32)
-        for first in range(0, FULL, BLOCK_N):
-            if FULL != BLOCK_N:
+        if HELD:
+            best, total, acc = None, None, None  # before the first key
+            for piece in tl.static_range(FULL // BLOCK_N):
+                best, total, acc = softmax_step(q, held[piece][0], held[piece][1], best, total, acc, scale, seed_ptr,
+                                                rows, piece * BLOCK_N, N, False, THRESHOLD, KEEP_SCALE, PRECISION)
+        else:
+            best = tl.full(q.shape[:-1], float("-inf"), tl.float32)
+            total = tl.zeros(q.shape[:-1], tl.float32)
+            acc = tl.zeros(q.shape[:-1] + (BLOCK_V,), tl.float32)
+            for first in range(0, FULL, BLOCK_N):
                 k, v = _keys(k_ptr, v_ptr, first, ROW, N, D, BLOCK_N, BLOCK_D, BLOCK_V, False, HEADS)
-            best, total, acc = softmax_step(q, k, v, best, total, acc, scale, seed_ptr, rows, first, N, False,
-                                            THRESHOLD, KEEP_SCALE, PRECISION)
+                best, total, acc = softmax_step(q, k, v, best, total, acc, scale, seed_ptr, rows, first, N, False,
+                                                THRESHOLD, KEEP_SCALE, PRECISION)
         if TAIL > 0:
             best, total, acc = softmax_step(q, k_t, v_t, best, total, acc, scale, seed_ptr, rows, FULL, N, True,
                                             THRESHOLD, KEEP_SCALE, PRECISION)

@@ -290,7 +290,7 @@ def test_attention_tiles(D: int) -> None:
         shape = attention.forward_shape(N, 64, 2)
         assert shape.FULL + shape.TAIL == keys
     assert attention.backward_shape(66, 8, 2) is not None and attention.backward_shape(66, 8, 4) is not None
-    assert not any(attention.backward_shape(*shape) for shape in ((129, 16, 2), (90, 32, 2), (90, 16, 4), (1025, 64, 2)))
+    assert not any(attention.backward_shape(*call) for call in ((129, 16, 2), (90, 32, 2), (90, 16, 4), (1025, 64, 2)))
     for arch, blocks in ((80, [64, 32]), (90, [64, 64]), (100, [64, 64])):
         assert [tiles.BLOCK_M for tiles in attention.split_backward_shape(198, 64, 2, arch)] == blocks
 

@@ -1,4 +1,4 @@
-"""Attention's forward by groups of heads: how many heads and programs, whether they hold K and V, what they compute."""
+"""Attention's tiles: heads and programs, whether they hold K and V, backward's warps; and what they compute."""
 
 from __future__ import annotations
 
@@ -58,6 +58,12 @@ def tokens(batch: int, N: int, H: int, D: int, dropout_p: float = 0.0, dtype: to
     return cubins.launches_of("attention", (qkv, H, None, dropout_p, seed), save=False, arch=arch)[0]
 
 
+def backward(batch: int, N: int, arch: int = 90) -> Launch:
+    """The backward launch of 8 heads of 8 in bf16."""
+    qkv = torch.empty((batch, N, 192), dtype=torch.bfloat16, device="meta")
+    return cubins.launches_of("attention", (qkv, 8, None, 0.0, None), arch=arch)[1]
+
+
 def test_holds() -> None:
     """Up to 256 tokens in 16 bits are held by a program of several query blocks; a single block of keys always."""
     for N, H, D in ((66, 8, 8), (66, 3, 64), (97, 3, 64), (128, 3, 64), (198, 3, 64), (256, 3, 64), (198, 12, 16),
@@ -88,6 +94,18 @@ def test_held_keys_fit(N: int, D: int, arch: int) -> None:
 def test_shorter_than_a_block_of_keys(N: int) -> None:
     """Of one masked tail, or of 16 keys and a tail, nothing spills."""
     assert cubins.compile_launch(tokens(64, N, 3, 64), 90).stack == 0
+    assert cubins.compile_launch(backward(1024, N), 90).stack == 0
+
+
+@compiles
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_backward_of_many_heads(arch: int) -> None:
+    """The report's size at batch 1,024: a warp a head, of which ten fit. Triton 3.6 leaves 16 bytes on sm_90."""
+    launch = backward(1024, 66, arch=arch)
+    usage = cubins.compile_launch(launch, arch)
+    assert launch.arguments["num_warps"] == 1 and usage.registers * 32 * 10 <= 65536
+    assert usage.stack <= (16 if cubins.triton.__version__.startswith("3.6") else 0)
+    assert backward(64, 66).arguments["num_warps"] == 2
 
 
 @interprets

@@ -7,7 +7,8 @@ padded to 16 only inside Q K^T, whose instruction needs it.
 
 A row of one head of 8 channels is 16 bytes, half of the smallest transfer. So forward takes as many heads as lie in 64
 bytes of a row, as the batch of a batched product with a warp for each. More heads would save few transfers and fill
-small batches less evenly. Backward takes one head.
+small batches less evenly. Backward takes one head: its P^T and dS^T cost shuffles in a batched product (4 heads of 8,
+66 tokens: 21 % more instructions than a program for each head).
 
 A forward program walks over blocks of queries and holds K and V of the whole sequence on chip: of one block of keys in
 registers or shared memory as the compiler finds room, of up to 256 tokens in 16 bits and head_dim 64 in shared memory.
@@ -29,14 +30,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .attention_kernels import (attention_bwd_dkv_kernel, attention_bwd_dq_kernel, attention_bwd_kernel,
-                                attention_fwd_kernel)
+from .attention_backward_kernels import attention_bwd_dkv_kernel, attention_bwd_dq_kernel, attention_bwd_kernel
+from .attention_kernels import attention_fwd_kernel
 from .common import (HOPPER, architecture, cdiv, dot_precision, dropout_arguments, launch, power_of_two,
                      refusal)
 
 OP = "attention"
 LOG2E = 1.0 / math.log(2.0)
 WARPS = 132 * 24  # of forward, that an H100 holds at once: its registers hold 24 a multiprocessor
+BACKWARD_WARPS = 132 * 10  # of a short sequence's backward, that an H100 holds at once: 193 registers a thread
 SECTOR = 32  # bytes, the smallest transfer
 SHORT = 96  # tokens up to which a warp takes 16 queries
 LONGEST = 256  # tokens whose K and V a program holds: the code is written out for each block of keys
@@ -104,14 +106,20 @@ def holds(tiles: Shape, D: int, itemsize: int, heads: int, blocks: int, dropout_
             and 2 * keys * heads * power_of_two(D) * itemsize <= HELD_BYTES * tiles.num_warps)
 
 
-def backward_shape(N: int, D: int, itemsize: int) -> Shape | None:
-    """Tiles of the one backward kernel, whose two pieces FULL and TAIL hold all keys; None where they would spill."""
+def backward_shape(N: int, D: int, itemsize: int, programs: int = 1) -> Shape | None:
+    """Tiles of the one backward kernel, whose two pieces FULL and TAIL hold all keys; None where they would spill.
+
+    programs: the heads of all images. Where they fill an H100 with one warp each, it takes 16 queries at a time (80
+    rows for 66, no barriers); fewer programs share 32 queries between two warps, so that as many warps are at work.
+    """
     FULL = 16
     while FULL * 2 <= N and FULL < 128:
         FULL *= 2
     TAIL = power_of_two(N - FULL) if N > FULL else 0
     if N > 128 or (FULL + TAIL) * power_of_two(D) * itemsize > 5120:
         return None
+    if itemsize == 2 and FULL + TAIL <= 80 and D <= 16 and programs >= BACKWARD_WARPS:
+        return Shape(16, FULL, FULL, TAIL, 1)
     return Shape(32 if N > 16 and itemsize == 2 else 16, FULL, FULL, TAIL,
                  2 if FULL + TAIL <= 96 and itemsize == 2 else 4)
 
@@ -178,9 +186,9 @@ def backward(grad: Tensor, saved: list[Tensor], needs: list[bool], qkv: Tensor, 
     D = C3 // (3 * num_heads)
     dqkv = qkv.new_empty((B, N, C3))
     tensors = {"qkv_ptr": qkv, "grad_ptr": grad, "lse_ptr": saved[0], "dqkv_ptr": dqkv}
-    tiles = backward_shape(N, D, qkv.element_size())
+    tiles = backward_shape(N, D, qkv.element_size(), B * num_heads)
     if tiles is not None:
-        launch(OP, attention_bwd_kernel, B * num_heads, qkv, **tensors,
+        launch(OP, attention_bwd_kernel, B * num_heads, qkv, **tensors, BLOCK_V=power_of_two(D, 8),
                **_arguments(tiles, qkv, num_heads, scale, dropout_p, seed))
         return [dqkv]
     tensors["delta_ptr"] = saved[0].new_empty(saved[0].shape)

@@ -1,4 +1,4 @@
-"""Attention's forward by groups of heads: how many heads and programs and, in the interpreter, what they compute."""
+"""Attention's tiles: heads and programs, whether they hold K and V, backward's warps; and what they compute."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+import torch  # noqa: E402
+
 from deit_fast.kernels.triton import attention  # noqa: E402
-from deit_fast.kernels.triton.common import cdiv  # noqa: E402
+from deit_fast.kernels.triton.common import Launch, cdiv  # noqa: E402
 from test_triton_cubins import NANO, cubins  # noqa: E402
 from test_triton_cubins import pytestmark as compiles  # noqa: E402
 from test_triton_interpreted import interpreted  # noqa: E402
@@ -46,6 +48,64 @@ def test_report_size_on_hopper() -> None:
         assert launch.grid == (programs,) and launch.arguments["HEADS"] == launch.arguments["num_warps"] == 4
     usage = cubins.compile_launch(launch, 90)
     assert usage.stack == 0 and usage.registers * 32 * 4 <= 65536 / 4 and usage.shared <= cubins.SHARED_LIMIT[90] / 4
+
+
+def tokens(batch: int, N: int, H: int, D: int, dropout_p: float = 0.0, dtype: torch.dtype = torch.bfloat16,
+           arch: int = 90) -> Launch:
+    """The forward launch of these sequences."""
+    seed = torch.empty((), dtype=torch.int64, device="meta") if dropout_p else None
+    qkv = torch.empty((batch, N, 3 * H * D), dtype=dtype, device="meta")
+    return cubins.launches_of("attention", (qkv, H, None, dropout_p, seed), save=False, arch=arch)[0]
+
+
+def backward(batch: int, N: int, arch: int = 90) -> Launch:
+    """The backward launch of 8 heads of 8 in bf16."""
+    qkv = torch.empty((batch, N, 192), dtype=torch.bfloat16, device="meta")
+    return cubins.launches_of("attention", (qkv, 8, None, 0.0, None), arch=arch)[1]
+
+
+def test_holds() -> None:
+    """Up to 256 tokens in 16 bits are held by a program of several query blocks; a single block of keys always."""
+    for N, H, D in ((66, 8, 8), (66, 3, 64), (97, 3, 64), (128, 3, 64), (198, 3, 64), (256, 3, 64), (198, 12, 16),
+                    (198, 8, 8), (256, 6, 32)):
+        assert tokens(1024, N, H, D).arguments["HELD"], (N, H, D)
+    assert tokens(64, 66, 8, 8, 0.1, torch.float32).arguments["HELD"]
+    few, more = tokens(64, 198, 3, 64), tokens(64, 198, 6, 64)
+    assert few.grid == more.grid == (768,) and not few.arguments["HELD"] and more.arguments["HELD"]
+    for launch in (tokens(1024, 257, 3, 64), tokens(1024, 256, 3, 80), tokens(1024, 198, 3, 64, 0.1),
+                   tokens(1024, 198, 3, 64, dtype=torch.float32)):
+        assert not launch.arguments["HELD"]
+
+
+@compiles
+@pytest.mark.parametrize(("N", "D", "arch"), [(198, 64, 90), (256, 64, 80), (198, 8, 90)])
+def test_held_keys_fit(N: int, D: int, arch: int) -> None:
+    """K and V are read before the walk over query blocks, nothing spills, and two programs fit a multiprocessor."""
+    launch = tokens(1024, N, 8, D, arch=arch)
+    usage = cubins.compile_launch(launch, arch)
+    assert usage.stack == 0 and usage.registers * 32 * launch.arguments["num_warps"] <= 65536 / 2
+    assert usage.shared <= cubins.SHARED_LIMIT[arch] / 2
+    before, walk = cubins.compiled_kernel(launch, arch).asm["ttir"].split("scf.for")
+    assert before.count(" tt.load ") == 8 and walk.count(" tt.load ") == 1
+
+
+@compiles
+@pytest.mark.parametrize("N", [1, 15, 17])
+def test_shorter_than_a_block_of_keys(N: int) -> None:
+    """Of one masked tail, or of 16 keys and a tail, nothing spills."""
+    assert cubins.compile_launch(tokens(64, N, 3, 64), 90).stack == 0
+    assert cubins.compile_launch(backward(1024, N), 90).stack == 0
+
+
+@compiles
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_backward_of_many_heads(arch: int) -> None:
+    """The report's size at batch 1,024: a warp a head, of which ten fit. Triton 3.6 leaves 16 bytes on sm_90."""
+    launch = backward(1024, 66, arch=arch)
+    usage = cubins.compile_launch(launch, arch)
+    assert launch.arguments["num_warps"] == 1 and usage.registers * 32 * 10 <= 65536
+    assert usage.stack <= (16 if cubins.triton.__version__.startswith("3.6") else 0)
+    assert backward(64, 66).arguments["num_warps"] == 2
 
 
 @interprets

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from deit_fast import ops
-from deit_fast.kernels.triton import attention
+from deit_fast.kernels.triton import attention, common
 from deit_fast.reference import block
 from deit_fast.reference.philox import keep_mask
 
@@ -49,7 +49,44 @@ def groups_and_shares() -> None:
         assert all(torch.allclose(*pair, rtol=1e-5, atol=1e-5) for pair in zip(many, single)), (N, H, D)
 
 
+def held_keys() -> None:
+    """K and V held over the query blocks give the bits that reading them again for each gives, and these are right."""
+    torch.manual_seed(0)
+    for N, H, D in ((97, 1, 16), (128, 1, 16), (129, 2, 8), (198, 1, 64), (256, 1, 24)):
+        qkv, launched = torch.randn(1, N, 3 * H * D).half(), []
+
+        def spy(*arguments: object, HELD: bool, **named: object) -> None:
+            launched.append(HELD)
+            common.launch(*arguments, HELD=HELD, **named)
+
+        held = results(qkv, H, 0.0, WARPS=0, launch=spy)
+        walked = results(qkv, H, 0.0, WARPS=0, launch=spy, holds=lambda *_: False)
+        assert launched == [True, True, False, False], (N, launched)
+        assert all(map(torch.equal, held, walked)), (N, H, D)
+        truth = block.attention(qkv.double(), H, None, 0.0, None)
+        assert torch.allclose(held[0].double(), truth, rtol=2e-3, atol=1e-3), (N, H, D)
+    assert results(torch.randn(1, 257, 48).half(), 1, 0.0, WARPS=0, launch=spy) and launched[-1] is False
+
+
+def backward_of_many_heads() -> None:
+    """The gradients of one warp a head, which takes 16 queries at a time, are those of two: padded or not, dropout."""
+    torch.manual_seed(0)
+    before = attention.BACKWARD_WARPS
+    for N, H, D, dropout_p in ((1, 2, 8, 0.0), (17, 1, 5, 0.2), (66, 2, 8, 0.2), (80, 1, 16, 0.0)):
+        qkv, grad = torch.randn(1, N, 3 * H * D).half(), torch.randn(1, N, H * D).half()
+        _, saved = attention.forward(qkv, H, None, dropout_p, SEED, save=True)
+        found = []
+        for attention.BACKWARD_WARPS in (before, 0, 0):
+            found += attention.backward(grad, saved, [True], qkv, H, None, dropout_p, SEED)
+        leaf = qkv.double().requires_grad_()
+        block.attention(leaf, H, None, dropout_p, SEED).backward(grad.double())
+        two, one, again = found
+        assert torch.equal(one, again) and torch.allclose(one, two, rtol=1e-2, atol=2e-3), (N, H, D)
+        assert torch.allclose(one.double(), leaf.grad, rtol=1e-2, atol=4e-3), (N, H, D)
+    attention.BACKWARD_WARPS = before
+
+
 if __name__ == "__main__":
-    for check in (masks, groups_and_shares):
+    for check in (masks, groups_and_shares, held_keys, backward_of_many_heads):
         check()
         print(f"{check.__name__}: ok")

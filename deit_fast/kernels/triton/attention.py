@@ -6,34 +6,43 @@ whole powers of two take 128 and 256. Queries come in blocks of 16 (one warp eac
 padded to 16 only inside Q K^T, whose instruction needs it.
 
 A row of one head of 8 channels is 16 bytes, half of the smallest transfer. So forward takes as many heads as lie in 64
-bytes of a row, as the batch of a batched product with a warp for each; a program keeps the K and V of a short sequence
-on chip and walks over blocks of queries. More heads would save few transfers and fill small batches less evenly. Where
-images are few, as many programs share a group's blocks as find room at once, and each reads K and V: 5 at batch 64, 1
-from batch 199 on (66 tokens, 8 heads). Backward takes one head.
+bytes of a row, as the batch of a batched product with a warp for each. More heads would save few transfers and fill
+small batches less evenly. Backward takes one head: its P^T and dS^T cost shuffles in a batched product (4 heads of 8,
+66 tokens: 21 % more instructions than a program for each head).
+
+A forward program walks over blocks of queries and holds K and V of the whole sequence on chip: of one block of keys in
+registers or shared memory as the compiler finds room, of up to 256 tokens in 16 bits and head_dim 64 in shared memory.
+Longer sequences, wider heads, fp32 and dropout read them again for each block of queries. Where images are few, as
+many programs share a head's blocks as find room at once, and each reads K and V: 5 at batch 64, 1 from batch 199 on
+(66 tokens, 8 heads); with one block each (198 tokens, 3 heads, batch 64) holding gains nothing over reading.
 
 Backward never sees the output: delta = sum_j P_ij dP_ij comes from a whole row of P, so there is neither a saved O
 nor an fp32 dq workspace, and every gradient is written once by one program (no atomics: bit-reproducible). Where dK and
 dV of a head fit in registers one kernel gives all gradients; longer sequences take one kernel for dQ (which leaves
-delta behind) and one for dK and dV.
+delta behind) and one for dK and dV, with tiles of their own before Hopper.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .attention_kernels import (attention_bwd_dkv_kernel, attention_bwd_dq_kernel, attention_bwd_kernel,
-                                attention_fwd_kernel)
-from .common import cdiv, dot_precision, dropout_arguments, launch, power_of_two, refusal
+from .attention_backward_kernels import attention_bwd_dkv_kernel, attention_bwd_dq_kernel, attention_bwd_kernel
+from .attention_kernels import attention_fwd_kernel
+from .common import (HOPPER, architecture, cdiv, dot_precision, dropout_arguments, launch, power_of_two,
+                     refusal)
 
 OP = "attention"
 LOG2E = 1.0 / math.log(2.0)
 WARPS = 132 * 24  # of forward, that an H100 holds at once: its registers hold 24 a multiprocessor
+BACKWARD_WARPS = 132 * 10  # of a short sequence's backward, that an H100 holds at once: 193 registers a thread
 SECTOR = 32  # bytes, the smallest transfer
-SHORT = 96  # tokens up to which K and V stay in a program and a warp takes 16 queries
+SHORT = 96  # tokens up to which a warp takes 16 queries
+LONGEST = 256  # tokens whose K and V a program holds: the code is written out for each block of keys
+HELD_BYTES = 16 * 1024  # of K and V for each warp that holds them: eight such warps fit 164 KiB of shared memory
 
 
 @dataclass(frozen=True)
@@ -84,23 +93,45 @@ def forward_shape(N: int, D: int, itemsize: int, heads: int = 1) -> Shape:
     return Shape(BLOCK_M, BLOCK_N, *split_keys(N, BLOCK_N), num_warps)
 
 
-def backward_shape(N: int, D: int, itemsize: int) -> Shape | None:
-    """Tiles of the one backward kernel, whose two pieces FULL and TAIL hold all keys; None where they do not fit."""
+def holds(tiles: Shape, D: int, itemsize: int, heads: int, blocks: int, dropout_p: float) -> bool:
+    """Whether a forward program of `blocks` query blocks reads K and V once for all of them.
+
+    One full block of keys always. Several must fit; wider heads, fp32 and dropout's Philox, which costs far more than
+    is saved, spill then; and a program of one query block reads them once anyway, walking in fewer registers.
+    """
+    if tiles.FULL <= tiles.BLOCK_N:
+        return True
+    keys = tiles.FULL + tiles.TAIL
+    return (blocks > 1 and keys <= LONGEST and D <= 64 and itemsize == 2 and dropout_p == 0.0
+            and 2 * keys * heads * power_of_two(D) * itemsize <= HELD_BYTES * tiles.num_warps)
+
+
+def backward_shape(N: int, D: int, itemsize: int, programs: int = 1) -> Shape | None:
+    """Tiles of the one backward kernel, whose two pieces FULL and TAIL hold all keys; None where they would spill.
+
+    programs: the heads of all images. Where they fill an H100 with one warp each, it takes 16 queries at a time (80
+    rows for 66, no barriers); fewer programs share 32 queries between two warps, so that as many warps are at work.
+    """
     FULL = 16
     while FULL * 2 <= N and FULL < 128:
         FULL *= 2
     TAIL = power_of_two(N - FULL) if N > FULL else 0
-    if N > 256 or (FULL + TAIL) * power_of_two(D) * itemsize > 8192:
+    if N > 128 or (FULL + TAIL) * power_of_two(D) * itemsize > 5120:
         return None
+    if itemsize == 2 and FULL + TAIL <= 80 and D <= 16 and programs >= BACKWARD_WARPS:
+        return Shape(16, FULL, FULL, TAIL, 1)
     return Shape(32 if N > 16 and itemsize == 2 else 16, FULL, FULL, TAIL,
                  2 if FULL + TAIL <= 96 and itemsize == 2 else 4)
 
 
-def split_backward_shape(N: int, D: int, itemsize: int) -> Shape:
-    """Tiles of the dQ kernel and, with the roles of queries and keys exchanged, of the dK and dV kernel."""
-    if itemsize == 4 or D > 64:
-        return Shape(32, 16, *split_keys(N, 16), 4)
-    return Shape(64, 32, *split_keys(N, 32), 4)
+def split_backward_shape(N: int, D: int, itemsize: int, arch: int = HOPPER) -> tuple[Shape, Shape]:
+    """Tiles of the dQ kernel and, with the roles of queries and keys exchanged, of the dK and dV kernel.
+
+    Before Hopper dK and dV of 64 keys, both in registers, spill: of head_dim 64, and of 32 with dropout.
+    """
+    BLOCK_N = 16 if itemsize == 4 or D > 64 else 32
+    wide = Shape(2 * BLOCK_N, BLOCK_N, *split_keys(N, BLOCK_N), 4)
+    return wide, replace(wide, BLOCK_M=32) if arch < HOPPER and D > 16 else wide
 
 
 def why_not(qkv: Tensor, num_heads: int, scale: float | None, dropout_p: float, seed: Tensor | None) -> str | None:
@@ -131,9 +162,11 @@ def forward(qkv: Tensor, num_heads: int, scale: float | None, dropout_p: float, 
     heads = heads_together(N, num_heads, D, qkv.element_size())
     tiles = forward_shape(N, D, qkv.element_size(), heads)
     groups = B * num_heads // heads
-    per_group = shares(groups, cdiv(N, tiles.BLOCK_M), tiles.num_warps)
+    blocks = cdiv(N, tiles.BLOCK_M)
+    per_group = shares(groups, blocks, tiles.num_warps)
+    held = holds(tiles, D, qkv.element_size(), heads, cdiv(blocks, per_group), dropout_p)
     launch(OP, attention_fwd_kernel, groups * per_group, qkv, qkv_ptr=qkv, out_ptr=out,
-           lse_ptr=saved[0] if save else None, shares=per_group, HEADS=heads, BLOCK_V=power_of_two(D, 8),
+           lse_ptr=saved[0] if save else None, shares=per_group, HEADS=heads, HELD=held, BLOCK_V=power_of_two(D, 8),
            **_arguments(tiles, qkv, num_heads, scale, dropout_p, seed))
     return out, saved
 
@@ -153,15 +186,14 @@ def backward(grad: Tensor, saved: list[Tensor], needs: list[bool], qkv: Tensor, 
     D = C3 // (3 * num_heads)
     dqkv = qkv.new_empty((B, N, C3))
     tensors = {"qkv_ptr": qkv, "grad_ptr": grad, "lse_ptr": saved[0], "dqkv_ptr": dqkv}
-    tiles = backward_shape(N, D, qkv.element_size())
+    tiles = backward_shape(N, D, qkv.element_size(), B * num_heads)
     if tiles is not None:
-        launch(OP, attention_bwd_kernel, B * num_heads, qkv, **tensors,
+        launch(OP, attention_bwd_kernel, B * num_heads, qkv, **tensors, BLOCK_V=power_of_two(D, 8),
                **_arguments(tiles, qkv, num_heads, scale, dropout_p, seed))
         return [dqkv]
-    tiles = split_backward_shape(N, D, qkv.element_size())
     tensors["delta_ptr"] = saved[0].new_empty(saved[0].shape)
-    programs = B * num_heads * cdiv(N, tiles.BLOCK_M)
-    arguments = _arguments(tiles, qkv, num_heads, scale, dropout_p, seed)
-    launch(OP, attention_bwd_dq_kernel, programs, qkv, **tensors, **arguments)
-    launch(OP, attention_bwd_dkv_kernel, programs, qkv, **tensors, **arguments)
+    for kernel, tiles in zip((attention_bwd_dq_kernel, attention_bwd_dkv_kernel),
+                             split_backward_shape(N, D, qkv.element_size(), architecture(qkv))):
+        launch(OP, kernel, B * num_heads * cdiv(N, tiles.BLOCK_M), qkv, **tensors,
+               **_arguments(tiles, qkv, num_heads, scale, dropout_p, seed))
     return [dqkv]

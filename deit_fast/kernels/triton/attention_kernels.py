@@ -1,9 +1,7 @@
-"""The attention kernels. S = Q K^T scale log2(e), P = 2^(S - lse), O = (P keep) V; shapes in comments.
+"""Attention's forward kernel. S = Q K^T scale log2(e), P = 2^(S - lse), O = (P keep) V; shapes in comments.
 
-D is head_dim, BLOCK_D the same padded for tl.dot, BM queries and BN keys of a tile. qkv is (B, N, 3, H, D), out and its
-gradient (B, N, H, D), lse and delta (B, H, N).
-
-    dV = (P keep)^T dO    dP = (dO V^T) keep    dS = P (dP - sum_j P dP)    dQ = dS K scale    dK = dS^T Q scale
+D is head_dim, BLOCK_D the same padded for tl.dot (BLOCK_V where no product sums over it), BM queries and BN keys of a
+tile. qkv is (B, N, 3, H, D), out (B, N, H, D), lse, the log-sum-exp of S, (B, H, N).
 """
 
 from __future__ import annotations
@@ -62,20 +60,26 @@ def softmax_step(q, k, v, best, total, acc, scale, seed_ptr, rows, first, N: tl.
     """The online softmax's (best, total, acc) after the BN keys from `first`; of one head, or of several at once.
 
     q: ([heads,] BM, BLOCK_D); k: ([heads,] BN, BLOCK_D); v: ([heads,] BN, BLOCK_V); best, total: ([heads,] BM);
-    acc: ([heads,] BM, BLOCK_V); rows: ([heads *] BM,) rows of P as (B H N, N).
+    acc: ([heads,] BM, BLOCK_V); the last three None before any key; rows: ([heads *] BM,) rows of P as (B H N, N).
     """
     BN: tl.constexpr = k.shape[-2]
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale  # ([heads,] BM, BN)
     if MASKED:
         s = tl.where(first + tl.arange(0, BN) < N, s, float("-inf"))
-    highest = tl.maximum(best, tl.max(s, -1))
+    highest = tl.max(s, -1)
+    if best is not None:
+        highest = tl.maximum(best, highest)
     p = tl.exp2(s - tl.expand_dims(highest, -1))
-    shrink = tl.exp2(best - highest)
-    total = total * shrink + tl.sum(p, -1)
+    sums = tl.sum(p, -1)
     if THRESHOLD > 0:
         p *= tl.reshape(_keep(seed_ptr, rows, first, N, BN, THRESHOLD, KEEP_SCALE), p.shape)
-    acc = tl.dot(p.to(v.dtype), v, acc * tl.expand_dims(shrink, -1), input_precision=PRECISION)
-    return highest, total, acc
+    if best is None:
+        acc = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+    else:
+        shrink = tl.exp2(best - highest)
+        sums += total * shrink
+        acc = tl.dot(p.to(v.dtype), v, acc * tl.expand_dims(shrink, -1), input_precision=PRECISION)
+    return highest, sums, acc
 
 
 @triton.jit
@@ -90,12 +94,13 @@ def _keys(k_ptr, v_ptr, first, ROW: tl.constexpr, N: tl.constexpr, D: tl.constex
 @triton.jit(do_not_specialize=["shares"])
 def attention_fwd_kernel(qkv_ptr, out_ptr, lse_ptr, seed_ptr, shares, scale, N: tl.constexpr, H: tl.constexpr,
                          D: tl.constexpr, HEADS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                         FULL: tl.constexpr, TAIL: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-                         THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr, PRECISION: tl.constexpr):
+                         FULL: tl.constexpr, TAIL: tl.constexpr, HELD: tl.constexpr, BLOCK_D: tl.constexpr,
+                         BLOCK_V: tl.constexpr, THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr,
+                         PRECISION: tl.constexpr):
     """out (B, N, H, D) and lse (B, H, N); one program per (b, HEADS heads, share).
 
-    It takes query blocks share, share + shares, ... K and V of at most BLOCK_N + TAIL keys are read once for all of
-    them; those of a longer sequence again for each, but for the tail.
+    It takes query blocks share, share + shares, ... Where HELD, it reads K and V once for all of them; elsewhere again
+    for each, but for the tail.
     """
     ROW: tl.constexpr = 3 * H * D
     head = (tl.program_id(0) // shares).to(tl.int64) * HEADS  # b H + h, the first of HEADS
@@ -103,8 +108,10 @@ def attention_fwd_kernel(qkv_ptr, out_ptr, lse_ptr, seed_ptr, shares, scale, N: 
     k_ptr = q_ptr + H * D
     v_ptr = k_ptr + H * D
     out_ptr += head // H * N * H * D + head % H * D
-    if FULL == BLOCK_N:
-        k, v = _keys(k_ptr, v_ptr, 0, ROW, N, D, BLOCK_N, BLOCK_D, BLOCK_V, False, HEADS)
+    held = ()  # (K, V) of each full block
+    if HELD:
+        for first in tl.static_range(0, FULL, BLOCK_N):
+            held += (_keys(k_ptr, v_ptr, first, ROW, N, D, BLOCK_N, BLOCK_D, BLOCK_V, False, HEADS),)
     if TAIL > 0:
         k_t, v_t = _keys(k_ptr, v_ptr, FULL, ROW, N, D, TAIL, BLOCK_D, BLOCK_V, True, HEADS)
     for block in tl.range(tl.program_id(0) % shares, tl.cdiv(N, BLOCK_M), shares):
@@ -114,192 +121,22 @@ def attention_fwd_kernel(qkv_ptr, out_ptr, lse_ptr, seed_ptr, shares, scale, N: 
         token = start + i % BLOCK_M
         rows = (head + i // BLOCK_M) * N + token  # (HEADS * BM,) of P as (B H N, N)
         q = _load(q_ptr, tokens, ROW, N, D, BLOCK_D, True, HEADS)  # ([HEADS,] BM, BLOCK_D)
-        best = tl.full(q.shape[:-1], float("-inf"), tl.float32)
-        total = tl.zeros(q.shape[:-1], tl.float32)
-        acc = tl.zeros(q.shape[:-1] + (BLOCK_V,), tl.float32)
-        for first in range(0, FULL, BLOCK_N):
-            if FULL != BLOCK_N:
+        if HELD:
+            best, total, acc = None, None, None  # before the first key
+            for piece in tl.static_range(FULL // BLOCK_N):
+                best, total, acc = softmax_step(q, held[piece][0], held[piece][1], best, total, acc, scale, seed_ptr,
+                                                rows, piece * BLOCK_N, N, False, THRESHOLD, KEEP_SCALE, PRECISION)
+        else:
+            best = tl.full(q.shape[:-1], float("-inf"), tl.float32)
+            total = tl.zeros(q.shape[:-1], tl.float32)
+            acc = tl.zeros(q.shape[:-1] + (BLOCK_V,), tl.float32)
+            for first in range(0, FULL, BLOCK_N):
                 k, v = _keys(k_ptr, v_ptr, first, ROW, N, D, BLOCK_N, BLOCK_D, BLOCK_V, False, HEADS)
-            best, total, acc = softmax_step(q, k, v, best, total, acc, scale, seed_ptr, rows, first, N, False,
-                                            THRESHOLD, KEEP_SCALE, PRECISION)
+                best, total, acc = softmax_step(q, k, v, best, total, acc, scale, seed_ptr, rows, first, N, False,
+                                                THRESHOLD, KEEP_SCALE, PRECISION)
         if TAIL > 0:
             best, total, acc = softmax_step(q, k_t, v_t, best, total, acc, scale, seed_ptr, rows, FULL, N, True,
                                             THRESHOLD, KEEP_SCALE, PRECISION)
         _store(out_ptr, tokens, acc / tl.expand_dims(total, -1), H * D, N, D, BLOCK_V, HEADS)
         if lse_ptr is not None:
             tl.store(lse_ptr + rows, tl.reshape(best + tl.log2(total), rows.shape), mask=token < N)
-
-
-@triton.jit
-def _probabilities(q, do, k, v, lse, scale, seed_ptr, head, rows, first, N: tl.constexpr, BN: tl.constexpr,
-                   MASKED: tl.constexpr, THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr, PRECISION: tl.constexpr):
-    """(P, P keep, dP) of a tile (BM, BN), dP being zero where dropout was."""
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-    p = tl.exp2(s - lse[:, None])
-    if MASKED:
-        p = tl.where((first + tl.arange(0, BN) < N)[None, :], p, 0.0)
-    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-    kept = p
-    if THRESHOLD > 0:
-        keep = _keep(seed_ptr, head * N + rows, first, N, BN, THRESHOLD, KEEP_SCALE)
-        kept = p * keep
-        dp *= keep
-    return p, kept, dp
-
-
-@triton.jit
-def attention_bwd_kernel(qkv_ptr, grad_ptr, lse_ptr, dqkv_ptr, seed_ptr, scale, N: tl.constexpr, H: tl.constexpr,
-                         D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FULL: tl.constexpr,
-                         TAIL: tl.constexpr, BLOCK_D: tl.constexpr, THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr,
-                         PRECISION: tl.constexpr):
-    """All of dqkv (B, N, 3, H, D); one program per (b, h). The keys are [0, FULL) and [FULL, FULL + TAIL)."""
-    LOGIT: tl.constexpr = 0.6931471805599453  # ln 2: `scale` carries log2(e), gradients do not
-    ROW: tl.constexpr = 3 * H * D
-    head = tl.program_id(0).to(tl.int64)  # b H + h
-    offset = head // H * N * ROW + head % H * D
-    q_ptr = qkv_ptr + offset
-    k_ptr = q_ptr + H * D
-    v_ptr = k_ptr + H * D
-    dq_ptr = dqkv_ptr + offset
-    dk_ptr = dq_ptr + H * D
-    dv_ptr = dk_ptr + H * D
-    do_ptr = grad_ptr + head // H * N * H * D + head % H * D
-    keys = tl.arange(0, FULL)
-    EXACT: tl.constexpr = FULL <= N
-    k = _load(k_ptr, keys, ROW, N, D, BLOCK_D, not EXACT)  # (FULL, BLOCK_D)
-    v = _load(v_ptr, keys, ROW, N, D, BLOCK_D, not EXACT)
-    dk = tl.zeros((FULL, BLOCK_D), tl.float32)
-    dv = tl.zeros((FULL, BLOCK_D), tl.float32)
-    if TAIL > 0:
-        tail_keys = FULL + tl.arange(0, TAIL)
-        k_t = _load(k_ptr, tail_keys, ROW, N, D, BLOCK_D, True)  # (TAIL, BLOCK_D)
-        v_t = _load(v_ptr, tail_keys, ROW, N, D, BLOCK_D, True)
-        dk_t = tl.zeros((TAIL, BLOCK_D), tl.float32)
-        dv_t = tl.zeros((TAIL, BLOCK_D), tl.float32)
-    for start in range(0, N, BLOCK_M):
-        rows = start + tl.arange(0, BLOCK_M)
-        q = _load(q_ptr, rows, ROW, N, D, BLOCK_D, True)  # (BM, BLOCK_D)
-        do = _load(do_ptr, rows, H * D, N, D, BLOCK_D, True)
-        lse = tl.load(lse_ptr + head * N + rows, mask=rows < N, other=float("inf"))  # P = 0 beyond the last query
-        p, kept, dp = _probabilities(q, do, k, v, lse, scale, seed_ptr, head, rows, 0, N, FULL, not EXACT, THRESHOLD,
-                                     KEEP_SCALE, PRECISION)  # (BM, FULL)
-        delta = tl.sum(p * dp, 1)
-        if TAIL > 0:
-            p_t, kept_t, dp_t = _probabilities(q, do, k_t, v_t, lse, scale, seed_ptr, head, rows, FULL, N, TAIL, True,
-                                               THRESHOLD, KEEP_SCALE, PRECISION)  # (BM, TAIL)
-            delta += tl.sum(p_t * dp_t, 1)
-        ds = (p * (dp - delta[:, None])).to(q.dtype)
-        dq = tl.dot(ds, k, input_precision=PRECISION)
-        dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
-        dv = tl.dot(tl.trans(kept.to(q.dtype)), do, dv, input_precision=PRECISION)
-        if TAIL > 0:
-            ds_t = (p_t * (dp_t - delta[:, None])).to(q.dtype)
-            dq = tl.dot(ds_t, k_t, dq, input_precision=PRECISION)
-            dk_t = tl.dot(tl.trans(ds_t), q, dk_t, input_precision=PRECISION)
-            dv_t = tl.dot(tl.trans(kept_t.to(q.dtype)), do, dv_t, input_precision=PRECISION)
-        _store(dq_ptr, rows, dq * (scale * LOGIT), ROW, N, D, BLOCK_D)
-    _store(dk_ptr, keys, dk * (scale * LOGIT), ROW, N, D, BLOCK_D)
-    _store(dv_ptr, keys, dv, ROW, N, D, BLOCK_D)
-    if TAIL > 0:
-        _store(dk_ptr, tail_keys, dk_t * (scale * LOGIT), ROW, N, D, BLOCK_D)
-        _store(dv_ptr, tail_keys, dv_t, ROW, N, D, BLOCK_D)
-
-
-@triton.jit
-def _tile(q, do, k_ptr, v_ptr, lse, scale, seed_ptr, head, rows, first, ROW: tl.constexpr, N: tl.constexpr,
-          D: tl.constexpr, BN: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr, THRESHOLD: tl.constexpr,
-          KEEP_SCALE: tl.constexpr, PRECISION: tl.constexpr):
-    """(P, dP, k) of the BN keys from `first`."""
-    keys = first + tl.arange(0, BN)
-    k = _load(k_ptr, keys, ROW, N, D, BLOCK_D, MASKED)
-    v = _load(v_ptr, keys, ROW, N, D, BLOCK_D, MASKED)
-    p, _, dp = _probabilities(q, do, k, v, lse, scale, seed_ptr, head, rows, first, N, BN, MASKED, THRESHOLD,
-                              KEEP_SCALE, PRECISION)
-    return p, dp, k
-
-
-@triton.jit
-def attention_bwd_dq_kernel(qkv_ptr, grad_ptr, lse_ptr, delta_ptr, dqkv_ptr, seed_ptr, scale, N: tl.constexpr,
-                            H: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                            FULL: tl.constexpr, TAIL: tl.constexpr, BLOCK_D: tl.constexpr, THRESHOLD: tl.constexpr,
-                            KEEP_SCALE: tl.constexpr, PRECISION: tl.constexpr):
-    """dQ and delta (B, H, N); one program per (b, h, block of queries), which walks over the keys twice."""
-    LOGIT: tl.constexpr = 0.6931471805599453
-    blocks: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
-    ROW: tl.constexpr = 3 * H * D
-    pid = tl.program_id(0)
-    head = (pid // blocks).to(tl.int64)
-    rows = pid % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    offset = head // H * N * ROW + head % H * D
-    k_ptr = qkv_ptr + offset + H * D
-    v_ptr = k_ptr + H * D
-    q = _load(qkv_ptr + offset, rows, ROW, N, D, BLOCK_D, True)  # (BM, BLOCK_D)
-    do = _load(grad_ptr + head // H * N * H * D + head % H * D, rows, H * D, N, D, BLOCK_D, True)
-    lse = tl.load(lse_ptr + head * N + rows, mask=rows < N, other=float("inf"))
-    delta = tl.zeros((BLOCK_M,), tl.float32)
-    for first in range(0, FULL, BLOCK_N):
-        p, dp, k = _tile(q, do, k_ptr, v_ptr, lse, scale, seed_ptr, head, rows, first, ROW, N, D, BLOCK_N, BLOCK_D,
-                         False, THRESHOLD, KEEP_SCALE, PRECISION)
-        delta += tl.sum(p * dp, 1)
-    if TAIL > 0:
-        p_t, dp_t, k_t = _tile(q, do, k_ptr, v_ptr, lse, scale, seed_ptr, head, rows, FULL, ROW, N, D, TAIL, BLOCK_D,
-                               True, THRESHOLD, KEEP_SCALE, PRECISION)
-        delta += tl.sum(p_t * dp_t, 1)
-    tl.store(delta_ptr + head * N + rows, delta, mask=rows < N)
-    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    if TAIL > 0:
-        dq = tl.dot((p_t * (dp_t - delta[:, None])).to(q.dtype), k_t, dq, input_precision=PRECISION)
-    for first in range(0, FULL, BLOCK_N):
-        p, dp, k = _tile(q, do, k_ptr, v_ptr, lse, scale, seed_ptr, head, rows, first, ROW, N, D, BLOCK_N, BLOCK_D,
-                         False, THRESHOLD, KEEP_SCALE, PRECISION)
-        dq = tl.dot((p * (dp - delta[:, None])).to(q.dtype), k, dq, input_precision=PRECISION)
-    _store(dqkv_ptr + offset, rows, dq * (scale * LOGIT), ROW, N, D, BLOCK_D)
-
-
-@triton.jit
-def _from_queries(k, v, dk, dv, q_ptr, do_ptr, lse_ptr, delta_ptr, scale, seed_ptr, head, key_start, start,
-                  ROW: tl.constexpr, N: tl.constexpr, H: tl.constexpr, D: tl.constexpr, BN: tl.constexpr,
-                  BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr, THRESHOLD: tl.constexpr,
-                  KEEP_SCALE: tl.constexpr, PRECISION: tl.constexpr):
-    """(dK, dV) after the BN queries from `start`. Keys beyond N need no mask: they are never stored."""
-    rows = start + tl.arange(0, BN)
-    q = _load(q_ptr, rows, ROW, N, D, BLOCK_D, MASKED)  # (BN, BLOCK_D)
-    do = _load(do_ptr, rows, H * D, N, D, BLOCK_D, MASKED)
-    lse = tl.load(lse_ptr + head * N + rows, mask=rows < N, other=float("inf"))
-    delta = tl.load(delta_ptr + head * N + rows, mask=rows < N, other=0.0)
-    p, kept, dp = _probabilities(q, do, k, v, lse, scale, seed_ptr, head, rows, key_start, N, BLOCK_M, False, THRESHOLD,
-                                 KEEP_SCALE, PRECISION)  # (BN, BLOCK_M): queries x keys
-    dv = tl.dot(tl.trans(kept.to(q.dtype)), do, dv, input_precision=PRECISION)
-    ds = (p * (dp - delta[:, None])).to(q.dtype)
-    dk = tl.dot(tl.trans(ds), q, dk, input_precision=PRECISION)
-    return dk, dv
-
-
-@triton.jit
-def attention_bwd_dkv_kernel(qkv_ptr, grad_ptr, lse_ptr, delta_ptr, dqkv_ptr, seed_ptr, scale, N: tl.constexpr,
-                             H: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                             FULL: tl.constexpr, TAIL: tl.constexpr, BLOCK_D: tl.constexpr, THRESHOLD: tl.constexpr,
-                             KEEP_SCALE: tl.constexpr, PRECISION: tl.constexpr):
-    """dK and dV; one program per (b, h, block of BLOCK_M keys), which walks over the queries."""
-    LOGIT: tl.constexpr = 0.6931471805599453
-    blocks: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
-    ROW: tl.constexpr = 3 * H * D
-    pid = tl.program_id(0)
-    head = (pid // blocks).to(tl.int64)
-    key_start = pid % blocks * BLOCK_M
-    keys = key_start + tl.arange(0, BLOCK_M)
-    offset = head // H * N * ROW + head % H * D
-    q_ptr = qkv_ptr + offset
-    do_ptr = grad_ptr + head // H * N * H * D + head % H * D
-    k = _load(q_ptr + H * D, keys, ROW, N, D, BLOCK_D, True)  # (BLOCK_M, BLOCK_D)
-    v = _load(q_ptr + 2 * H * D, keys, ROW, N, D, BLOCK_D, True)
-    dk = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    dv = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for start in range(0, FULL, BLOCK_N):
-        dk, dv = _from_queries(k, v, dk, dv, q_ptr, do_ptr, lse_ptr, delta_ptr, scale, seed_ptr, head, key_start, start,
-                               ROW, N, H, D, BLOCK_N, BLOCK_M, BLOCK_D, False, THRESHOLD, KEEP_SCALE, PRECISION)
-    if TAIL > 0:
-        dk, dv = _from_queries(k, v, dk, dv, q_ptr, do_ptr, lse_ptr, delta_ptr, scale, seed_ptr, head, key_start, FULL,
-                               ROW, N, H, D, TAIL, BLOCK_M, BLOCK_D, True, THRESHOLD, KEEP_SCALE, PRECISION)
-    _store(dqkv_ptr + offset + H * D, keys, dk * (scale * LOGIT), ROW, N, D, BLOCK_D)
-    _store(dqkv_ptr + offset + 2 * H * D, keys, dv, ROW, N, D, BLOCK_D)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .attention_kernels import _keep, _load, _store
+from .attention_kernels import keep_factors, load_heads, store_heads
 
 
 @triton.jit
@@ -22,7 +22,7 @@ def _probabilities(q, do, k, v, lse, scale, seed_ptr, head, rows, first, N: tl.c
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     kept = p
     if THRESHOLD > 0:
-        keep = _keep(seed_ptr, head * N + rows, first, N, BN, THRESHOLD, KEEP_SCALE)
+        keep = keep_factors(seed_ptr, head * N + rows, first, N, BN, THRESHOLD, KEEP_SCALE)
         kept = p * keep
         dp *= keep
     return p, kept, dp
@@ -50,24 +50,24 @@ def attention_bwd_kernel(qkv_ptr, grad_ptr, lse_ptr, dqkv_ptr, seed_ptr, scale, 
     do_ptr = grad_ptr + head // H * N * H * D + head % H * D
     keys = tl.arange(0, FULL)
     EXACT: tl.constexpr = FULL <= N
-    k = _load(k_ptr, keys, ROW, N, D, BLOCK_D, not EXACT)  # (FULL, BLOCK_D)
-    v = _load(v_ptr, keys, ROW, N, D, BLOCK_D, not EXACT)
-    k_v = k if BLOCK_V == BLOCK_D else _load(k_ptr, keys, ROW, N, D, BLOCK_V, not EXACT)
+    k = load_heads(k_ptr, keys, ROW, N, D, BLOCK_D, not EXACT)  # (FULL, BLOCK_D)
+    v = load_heads(v_ptr, keys, ROW, N, D, BLOCK_D, not EXACT)
+    k_v = k if BLOCK_V == BLOCK_D else load_heads(k_ptr, keys, ROW, N, D, BLOCK_V, not EXACT)
     dk = tl.zeros((FULL, BLOCK_V), tl.float32)
     dv = tl.zeros((FULL, BLOCK_V), tl.float32)
     if TAIL > 0:
         tail_keys = FULL + tl.arange(0, TAIL)
-        k_t = _load(k_ptr, tail_keys, ROW, N, D, BLOCK_D, True)  # (TAIL, BLOCK_D)
-        v_t = _load(v_ptr, tail_keys, ROW, N, D, BLOCK_D, True)
-        k_tv = k_t if BLOCK_V == BLOCK_D else _load(k_ptr, tail_keys, ROW, N, D, BLOCK_V, True)
+        k_t = load_heads(k_ptr, tail_keys, ROW, N, D, BLOCK_D, True)  # (TAIL, BLOCK_D)
+        v_t = load_heads(v_ptr, tail_keys, ROW, N, D, BLOCK_D, True)
+        k_tv = k_t if BLOCK_V == BLOCK_D else load_heads(k_ptr, tail_keys, ROW, N, D, BLOCK_V, True)
         dk_t = tl.zeros((TAIL, BLOCK_V), tl.float32)
         dv_t = tl.zeros((TAIL, BLOCK_V), tl.float32)
     for start in range(0, N, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
-        q = _load(q_ptr, rows, ROW, N, D, BLOCK_D, True)  # (BM, BLOCK_D)
-        do = _load(do_ptr, rows, H * D, N, D, BLOCK_D, True)
-        q_v = q if BLOCK_V == BLOCK_D else _load(q_ptr, rows, ROW, N, D, BLOCK_V, True)
-        do_v = do if BLOCK_V == BLOCK_D else _load(do_ptr, rows, H * D, N, D, BLOCK_V, True)
+        q = load_heads(q_ptr, rows, ROW, N, D, BLOCK_D, True)  # (BM, BLOCK_D)
+        do = load_heads(do_ptr, rows, H * D, N, D, BLOCK_D, True)
+        q_v = q if BLOCK_V == BLOCK_D else load_heads(q_ptr, rows, ROW, N, D, BLOCK_V, True)
+        do_v = do if BLOCK_V == BLOCK_D else load_heads(do_ptr, rows, H * D, N, D, BLOCK_V, True)
         lse = tl.load(lse_ptr + head * N + rows, mask=rows < N, other=float("inf"))  # P = 0 beyond the last query
         p, kept, dp = _probabilities(q, do, k, v, lse, scale, seed_ptr, head, rows, 0, N, FULL, not EXACT, THRESHOLD,
                                      KEEP_SCALE, PRECISION)  # (BM, FULL)
@@ -85,12 +85,12 @@ def attention_bwd_kernel(qkv_ptr, grad_ptr, lse_ptr, dqkv_ptr, seed_ptr, scale, 
             dq = tl.dot(ds_t, k_tv, dq, input_precision=PRECISION)
             dk_t = tl.dot(tl.trans(ds_t), q_v, dk_t, input_precision=PRECISION)
             dv_t = tl.dot(tl.trans(kept_t.to(q.dtype)), do_v, dv_t, input_precision=PRECISION)
-        _store(dq_ptr, rows, dq * (scale * LOGIT), ROW, N, D, BLOCK_V)
-    _store(dk_ptr, keys, dk * (scale * LOGIT), ROW, N, D, BLOCK_V)
-    _store(dv_ptr, keys, dv, ROW, N, D, BLOCK_V)
+        store_heads(dq_ptr, rows, dq * (scale * LOGIT), ROW, N, D, BLOCK_V)
+    store_heads(dk_ptr, keys, dk * (scale * LOGIT), ROW, N, D, BLOCK_V)
+    store_heads(dv_ptr, keys, dv, ROW, N, D, BLOCK_V)
     if TAIL > 0:
-        _store(dk_ptr, tail_keys, dk_t * (scale * LOGIT), ROW, N, D, BLOCK_V)
-        _store(dv_ptr, tail_keys, dv_t, ROW, N, D, BLOCK_V)
+        store_heads(dk_ptr, tail_keys, dk_t * (scale * LOGIT), ROW, N, D, BLOCK_V)
+        store_heads(dv_ptr, tail_keys, dv_t, ROW, N, D, BLOCK_V)
 
 
 @triton.jit
@@ -99,8 +99,8 @@ def _tile(q, do, k_ptr, v_ptr, lse, scale, seed_ptr, head, rows, first, ROW: tl.
           KEEP_SCALE: tl.constexpr, PRECISION: tl.constexpr):
     """(P, dP, k) of the BN keys from `first`."""
     keys = first + tl.arange(0, BN)
-    k = _load(k_ptr, keys, ROW, N, D, BLOCK_D, MASKED)
-    v = _load(v_ptr, keys, ROW, N, D, BLOCK_D, MASKED)
+    k = load_heads(k_ptr, keys, ROW, N, D, BLOCK_D, MASKED)
+    v = load_heads(v_ptr, keys, ROW, N, D, BLOCK_D, MASKED)
     p, _, dp = _probabilities(q, do, k, v, lse, scale, seed_ptr, head, rows, first, N, BN, MASKED, THRESHOLD,
                               KEEP_SCALE, PRECISION)
     return p, dp, k
@@ -121,8 +121,8 @@ def attention_bwd_dq_kernel(qkv_ptr, grad_ptr, lse_ptr, delta_ptr, dqkv_ptr, see
     offset = head // H * N * ROW + head % H * D
     k_ptr = qkv_ptr + offset + H * D
     v_ptr = k_ptr + H * D
-    q = _load(qkv_ptr + offset, rows, ROW, N, D, BLOCK_D, True)  # (BM, BLOCK_D)
-    do = _load(grad_ptr + head // H * N * H * D + head % H * D, rows, H * D, N, D, BLOCK_D, True)
+    q = load_heads(qkv_ptr + offset, rows, ROW, N, D, BLOCK_D, True)  # (BM, BLOCK_D)
+    do = load_heads(grad_ptr + head // H * N * H * D + head % H * D, rows, H * D, N, D, BLOCK_D, True)
     lse = tl.load(lse_ptr + head * N + rows, mask=rows < N, other=float("inf"))
     delta = tl.zeros((BLOCK_M,), tl.float32)
     for first in range(0, FULL, BLOCK_N):
@@ -141,7 +141,7 @@ def attention_bwd_dq_kernel(qkv_ptr, grad_ptr, lse_ptr, delta_ptr, dqkv_ptr, see
         p, dp, k = _tile(q, do, k_ptr, v_ptr, lse, scale, seed_ptr, head, rows, first, ROW, N, D, BLOCK_N, BLOCK_D,
                          False, THRESHOLD, KEEP_SCALE, PRECISION)
         dq = tl.dot((p * (dp - delta[:, None])).to(q.dtype), k, dq, input_precision=PRECISION)
-    _store(dqkv_ptr + offset, rows, dq * (scale * LOGIT), ROW, N, D, BLOCK_D)
+    store_heads(dqkv_ptr + offset, rows, dq * (scale * LOGIT), ROW, N, D, BLOCK_D)
 
 
 @triton.jit
@@ -151,8 +151,8 @@ def _from_queries(k, v, dk, dv, q_ptr, do_ptr, lse_ptr, delta_ptr, scale, seed_p
                   KEEP_SCALE: tl.constexpr, PRECISION: tl.constexpr):
     """(dK, dV) after the BN queries from `start`. Keys beyond N need no mask: they are never stored."""
     rows = start + tl.arange(0, BN)
-    q = _load(q_ptr, rows, ROW, N, D, BLOCK_D, MASKED)  # (BN, BLOCK_D)
-    do = _load(do_ptr, rows, H * D, N, D, BLOCK_D, MASKED)
+    q = load_heads(q_ptr, rows, ROW, N, D, BLOCK_D, MASKED)  # (BN, BLOCK_D)
+    do = load_heads(do_ptr, rows, H * D, N, D, BLOCK_D, MASKED)
     lse = tl.load(lse_ptr + head * N + rows, mask=rows < N, other=float("inf"))
     delta = tl.load(delta_ptr + head * N + rows, mask=rows < N, other=0.0)
     p, kept, dp = _probabilities(q, do, k, v, lse, scale, seed_ptr, head, rows, key_start, N, BLOCK_M, False, THRESHOLD,
@@ -179,8 +179,8 @@ def attention_bwd_dkv_kernel(qkv_ptr, grad_ptr, lse_ptr, delta_ptr, dqkv_ptr, se
     offset = head // H * N * ROW + head % H * D
     q_ptr = qkv_ptr + offset
     do_ptr = grad_ptr + head // H * N * H * D + head % H * D
-    k = _load(q_ptr + H * D, keys, ROW, N, D, BLOCK_D, True)  # (BLOCK_M, BLOCK_D)
-    v = _load(q_ptr + 2 * H * D, keys, ROW, N, D, BLOCK_D, True)
+    k = load_heads(q_ptr + H * D, keys, ROW, N, D, BLOCK_D, True)  # (BLOCK_M, BLOCK_D)
+    v = load_heads(q_ptr + 2 * H * D, keys, ROW, N, D, BLOCK_D, True)
     dk = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for start in range(0, FULL, BLOCK_N):
@@ -189,5 +189,5 @@ def attention_bwd_dkv_kernel(qkv_ptr, grad_ptr, lse_ptr, delta_ptr, dqkv_ptr, se
     if TAIL > 0:
         dk, dv = _from_queries(k, v, dk, dv, q_ptr, do_ptr, lse_ptr, delta_ptr, scale, seed_ptr, head, key_start, FULL,
                                ROW, N, H, D, TAIL, BLOCK_M, BLOCK_D, True, THRESHOLD, KEEP_SCALE, PRECISION)
-    _store(dqkv_ptr + offset + H * D, keys, dk * (scale * LOGIT), ROW, N, D, BLOCK_D)
-    _store(dqkv_ptr + offset + 2 * H * D, keys, dv, ROW, N, D, BLOCK_D)
+    store_heads(dqkv_ptr + offset + H * D, keys, dk * (scale * LOGIT), ROW, N, D, BLOCK_D)
+    store_heads(dqkv_ptr + offset + 2 * H * D, keys, dv, ROW, N, D, BLOCK_D)

@@ -17,8 +17,8 @@ SITE = tl.constexpr(SITE_ATTENTION)
 
 
 @triton.jit
-def _load(ptr, rows, ROW: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
-          HEADS: tl.constexpr = 1):
+def load_heads(ptr, rows, ROW: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+               MASKED: tl.constexpr, HEADS: tl.constexpr = 1):
     """Rows of HEADS neighbouring heads ([HEADS,] BM, BLOCK_D); zero beyond token N (where MASKED) and channel D."""
     column = tl.arange(0, HEADS * BLOCK_D)  # of the heads side by side, as they lie in memory but for padding
     d = column % BLOCK_D
@@ -35,8 +35,8 @@ def _load(ptr, rows, ROW: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BLOCK_
 
 
 @triton.jit
-def _store(ptr, rows, value, ROW: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-           HEADS: tl.constexpr = 1):
+def store_heads(ptr, rows, value, ROW: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+                HEADS: tl.constexpr = 1):
     """Writes value ([HEADS,] BM, BLOCK_D) to the rows of HEADS neighbouring heads."""
     column = tl.arange(0, HEADS * BLOCK_D)
     d = column % BLOCK_D
@@ -48,7 +48,8 @@ def _store(ptr, rows, value, ROW: tl.constexpr, N: tl.constexpr, D: tl.constexpr
 
 
 @triton.jit
-def _keep(seed_ptr, rows, first, N: tl.constexpr, BN: tl.constexpr, THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr):
+def keep_factors(seed_ptr, rows, first, N: tl.constexpr, BN: tl.constexpr, THRESHOLD: tl.constexpr,
+                 KEEP_SCALE: tl.constexpr):
     """Dropout's factors of a tile of P (BM, BN), 0 or KEEP_SCALE; rows: (BM,) of P as (B H N, N)."""
     keep = keep_tile(seed_ptr, rows, first, N, BN, SITE, THRESHOLD)
     return tl.where(keep, KEEP_SCALE, 0.0)
@@ -72,7 +73,7 @@ def softmax_step(q, k, v, best, total, acc, scale, seed_ptr, rows, first, N: tl.
     p = tl.exp2(s - tl.expand_dims(highest, -1))
     sums = tl.sum(p, -1)
     if THRESHOLD > 0:
-        p *= tl.reshape(_keep(seed_ptr, rows, first, N, BN, THRESHOLD, KEEP_SCALE), p.shape)
+        p *= tl.reshape(keep_factors(seed_ptr, rows, first, N, BN, THRESHOLD, KEEP_SCALE), p.shape)
     if best is None:
         acc = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
     else:
@@ -87,8 +88,8 @@ def _keys(k_ptr, v_ptr, first, ROW: tl.constexpr, N: tl.constexpr, D: tl.constex
           BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, MASKED: tl.constexpr, HEADS: tl.constexpr):
     """(K ([HEADS,] BN, BLOCK_D), V ([HEADS,] BN, BLOCK_V)) of the BN keys from `first`."""
     keys = first + tl.arange(0, BN)
-    return (_load(k_ptr, keys, ROW, N, D, BLOCK_D, MASKED, HEADS),
-            _load(v_ptr, keys, ROW, N, D, BLOCK_V, MASKED, HEADS))
+    return (load_heads(k_ptr, keys, ROW, N, D, BLOCK_D, MASKED, HEADS),
+            load_heads(v_ptr, keys, ROW, N, D, BLOCK_V, MASKED, HEADS))
 
 
 @triton.jit(do_not_specialize=["shares"])
@@ -120,7 +121,7 @@ def attention_fwd_kernel(qkv_ptr, out_ptr, lse_ptr, seed_ptr, shares, scale, N: 
         i = tl.arange(0, HEADS * BLOCK_M)
         token = start + i % BLOCK_M
         rows = (head + i // BLOCK_M) * N + token  # (HEADS * BM,) of P as (B H N, N)
-        q = _load(q_ptr, tokens, ROW, N, D, BLOCK_D, True, HEADS)  # ([HEADS,] BM, BLOCK_D)
+        q = load_heads(q_ptr, tokens, ROW, N, D, BLOCK_D, True, HEADS)  # ([HEADS,] BM, BLOCK_D)
         if HELD:
             best, total, acc = None, None, None  # before the first key
             for piece in tl.static_range(FULL // BLOCK_N):
@@ -137,6 +138,6 @@ def attention_fwd_kernel(qkv_ptr, out_ptr, lse_ptr, seed_ptr, shares, scale, N: 
         if TAIL > 0:
             best, total, acc = softmax_step(q, k_t, v_t, best, total, acc, scale, seed_ptr, rows, FULL, N, True,
                                             THRESHOLD, KEEP_SCALE, PRECISION)
-        _store(out_ptr, tokens, acc / tl.expand_dims(total, -1), H * D, N, D, BLOCK_V, HEADS)
+        store_heads(out_ptr, tokens, acc / tl.expand_dims(total, -1), H * D, N, D, BLOCK_V, HEADS)
         if lse_ptr is not None:
             tl.store(lse_ptr + rows, tl.reshape(best + tl.log2(total), rows.shape), mask=token < N)

@@ -102,7 +102,7 @@ def encoder_block_bwd_qkv_kernel(x_ptr, y_ptr, dqkv_ptr, dh_ptr, ln1_weight_ptr,
                                  M, rows_per_sample, eps, C: tl.constexpr, F: tl.constexpr, WIDTH: tl.constexpr,
                                  BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_C: tl.constexpr,
                                  THRESHOLD: tl.constexpr, KEEP_SCALE: tl.constexpr, PRECISION: tl.constexpr):
-    """dx (M, C) by the first `programs` programs; pieces of dW_qkv and its bias, then of dW_proj and its, by the others.
+    """dx (M, C) by the first `programs` programs; pieces of dW_qkv and its bias, then of dW_proj and its, by the rest.
 
     F: hidden features, whose gradients come first in a row of matrix (splits, WIDTH).
     """

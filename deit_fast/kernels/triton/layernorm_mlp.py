@@ -36,7 +36,7 @@ def forward_tiles(M: int, C: int, F: int, itemsize: int, mixed: bool = False) ->
 
 
 def backward_tiles(M: int, C: int, F: int, itemsize: int, arch: int = HOPPER) -> Tiles:
-    """Tiles of the fused backward kernel, both roles; 64 rows spill at the report's width, before Hopper 64 features."""
+    """Tiles of the backward kernel, both roles; 64 rows spill at the report's width, 64 features before Hopper."""
     BLOCK_C = power_of_two(C)
     if itemsize == 4:
         return Tiles(16, min(32, power_of_two(F)), BLOCK_C, 8)

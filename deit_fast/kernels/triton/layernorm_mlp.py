@@ -25,14 +25,17 @@ from .rowwise import add_branch, gelu_dropout, gelu_dropout_backward, layer_norm
 OP = "layernorm_mlp"
 
 
-def forward_tiles(M: int, C: int, F: int, itemsize: int, mixed: bool = False) -> Tiles:
-    """Tiles of the fused forward kernel; mixed: fp32 parameters to round, with which 4 warps of 256 columns spill."""
+def forward_tiles(M: int, C: int, F: int, itemsize: int, mixed: bool = False, arch: int = HOPPER) -> Tiles:
+    """Tiles of the fused forward kernel; mixed: fp32 parameters to round, with which 4 warps of 256 columns spill.
+
+    So do 4 warps of 64 rows on Blackwell.
+    """
     BLOCK_C = power_of_two(C)
     if itemsize == 4:
         return Tiles(min(32, power_of_two(M)), min(32, power_of_two(F)), BLOCK_C)
     BLOCK_M = 32 if M <= 64 * PROGRAMS or BLOCK_C > 128 else 64  # 64 rows of 256 columns spill
     return Tiles(min(BLOCK_M, power_of_two(M)), min(64 if BLOCK_C <= 128 else 32, power_of_two(F)), BLOCK_C,
-                 8 if mixed and BLOCK_C > 128 else 4)
+                 8 if mixed and BLOCK_C > 128 or BLOCK_M == 64 and arch > HOPPER else 4)
 
 
 def backward_tiles(M: int, C: int, F: int, itemsize: int, arch: int = HOPPER) -> Tiles:
@@ -75,7 +78,7 @@ def forward(x: Tensor, ln_weight: Tensor, ln_bias: Tensor | None, fc1_weight: Te
         return out.view(x.shape), [z] if save else []
     out = x.new_empty(x.shape)
     if M:
-        tiles = forward_tiles(M, C, F, x.element_size(), fc1_weight.dtype != x.dtype)
+        tiles = forward_tiles(M, C, F, x.element_size(), fc1_weight.dtype != x.dtype, architecture(x))
         launch(OP, layernorm_mlp_fwd_kernel, cdiv(M, tiles.BLOCK_M), x, x_ptr=rows, ln_weight_ptr=ln_weight,
                ln_bias_ptr=ln_bias, fc1_weight_ptr=fc1_weight, fc1_bias_ptr=fc1_bias, fc2_weight_ptr=fc2_weight,
                fc2_bias_ptr=fc2_bias, out_ptr=out, row_scale_ptr=row_scale, M=M, rows_per_sample=rows_per_sample(x),

@@ -349,8 +349,8 @@ def test_every_section(tmp_path: Path) -> None:
     agreeing = rows["losses"]["fp32: graphs against eager"]
     assert {"triton", "reference"} == set(agreeing) and all(figures["equal"] for figures in agreeing.values())
     assert rows["losses"]["fp32: against reference, same masks"]["triton"]["of all steps"] < 1e-4
-    assert {"ours, graphs", "four ops, graphs", "reference, eager", "reference, max-autotune, graph", "timm, eager"} <= (
-        set(rows["step"]["batch 2"]))
+    assert {"ours, graphs", "four ops, graphs", "reference, eager", "reference, max-autotune, graph",
+            "timm, eager"} <= set(rows["step"]["batch 2"])
     assert {"ours, graph", "reference, max-autotune, graph", "timm, graph"} <= set(rows["inference"]["batch 1"])
     assert {"triton", "four ops", "compiled"} <= set(rows["ops"]["encoder_block nano batch 1"])
     assert all(rows.values())

@@ -266,7 +266,7 @@ def key_splits() -> None:
 
 if __name__ == "__main__":
     for check in (attention_masks, linear_residual_masks, mlp_masks, block_saves_what_the_four_save, block_shares,
-                  block_backward_is_the_fours, gradients_repeat, frozen_parameters, many_tiles_per_program, refusals, stepping_down, compiled_ops,
-                  compiled_model, compiled_stepping_down, key_splits):
+                  block_backward_is_the_fours, gradients_repeat, frozen_parameters, many_tiles_per_program, refusals,
+                  stepping_down, compiled_ops, compiled_model, compiled_stepping_down, key_splits):
         check()
         print(f"{check.__name__}: ok")
